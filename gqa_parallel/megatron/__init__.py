@@ -1,0 +1,3 @@
+from gqa_parallel.megatron.cpu import run_megatron_without_cuda
+
+run_megatron_without_cuda()

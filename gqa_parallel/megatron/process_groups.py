@@ -1,0 +1,30 @@
+"""The process groups inside a tensor-parallel group that share replicated KV heads."""
+
+import functools
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from gqa_parallel.partition.heads import HeadPartition
+
+
+@functools.cache
+def subgroup(tp_group: ProcessGroup, tp_ranks: range) -> ProcessGroup:
+    """The group of ``tp_ranks``, ranks of ``tp_group``; only they need to call. Made once per process.
+
+    Communication: the first call synchronises ``tp_ranks`` through the store.
+    """
+    if len(tp_ranks) == tp_group.size():
+        return tp_group
+    ranks = [dist.get_global_rank(tp_group, rank) for rank in tp_ranks]
+    return dist.new_group(ranks, use_local_synchronization=True, group_desc="kv_replicas")
+
+
+def kv_replica_group(partition: HeadPartition, tp_group: ProcessGroup) -> ProcessGroup:
+    """The ranks that hold the same KV heads as this one."""
+    return subgroup(tp_group, partition.kv_replica_ranks(tp_group.rank()))
+
+
+def alone_group(tp_group: ProcessGroup) -> ProcessGroup:
+    """This rank by itself: a Megatron linear built on it communicates nothing."""
+    return subgroup(tp_group, range(tp_group.rank(), tp_group.rank() + 1))
