@@ -70,7 +70,9 @@ def _message(error: Exception) -> str:
     if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
         texts.append(str(error.__cause__))
     lines = [line for text in texts for line in text.splitlines()]
-    return "\n  ".join(line for line in lines if line.strip() and "object_type=" not in line and "reference_type=" not in line)
+    return "\n  ".join(
+        line for line in lines if line.strip() and "object_type=" not in line and "reference_type=" not in line
+    )
 
 
 def check_keys(cfg: DictConfig, schema: type) -> None:

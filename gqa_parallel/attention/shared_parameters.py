@@ -7,7 +7,6 @@ sequence parallelism, the block's norms and biases (each rank sees its part of t
 
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -66,28 +65,3 @@ def mark_owners(model: nn.Module, tp_group: ProcessGroup) -> None:
     """
     for _, parameter, group in shared_parameters(model, tp_group):
         parameter.tensor_model_parallel = group.rank() == 0
-
-
-@torch.no_grad()
-def differing_copies(model: nn.Module, tp_group: ProcessGroup) -> list[str]:
-    """Names of shared parameters whose copies are not bit-equal; the same list on every rank of ``tp_group``.
-
-    Communication: two small all-gathers over ``tp_group``, of one checksum per shared parameter.
-    """
-    names, checksums = [], []
-    for name, parameter, group in shared_parameters(model, tp_group):
-        names.append((name, dist.get_process_group_ranks(group)))
-        checksums.append(parameter.detach().double().cpu().numpy().tobytes())
-    everyone: list = [None] * tp_group.size()
-    dist.all_gather_object(everyone, list(zip(names, map(hash_bytes, checksums), strict=True)), group=tp_group)
-    copies: dict[tuple, set[str]] = {}
-    for rank_entries in everyone:
-        for (name, ranks), checksum in rank_entries:
-            copies.setdefault((name, tuple(ranks)), set()).add(checksum)
-    return sorted({name for (name, _), checksums in copies.items() if len(checksums) > 1})
-
-
-def hash_bytes(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()

@@ -27,7 +27,11 @@ class GQATransformerConfig(TransformerConfig):
     add_bias_linear: bool = False
 
     def __post_init__(self) -> None:
-        heads, groups, tp_size = self.num_attention_heads, self.num_query_groups, self.tensor_model_parallel_size
+        heads, groups, tp_size = (
+            self.num_attention_heads,
+            self.num_query_groups,
+            self.tensor_model_parallel_size,
+        )
         groups = heads if groups is None else groups
         HeadPartition(heads, groups, tp_size)
         if self.kv_channels is None:

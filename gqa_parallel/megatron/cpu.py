@@ -1,4 +1,4 @@
-"""What Megatron-Core needs to run without CUDA. Applied on import of ``gqa_parallel.megatron``, only where CUDA is absent."""
+"""What Megatron-Core needs to run without CUDA: applied by importing ``gqa_parallel.megatron``, where CUDA is absent."""
 
 import contextlib
 from collections.abc import Iterator
@@ -46,6 +46,7 @@ def run_megatron_without_cuda() -> None:
     if torch.cuda.is_available() or isinstance(random._CUDA_RNG_STATE_TRACKER, CPURNGStatesTracker):
         return
     torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda device=None: None
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._CUDA_RNG_STATE_TRACKER = CPURNGStatesTracker()

@@ -58,6 +58,4 @@ def gqa_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 def gqa_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """``config.num_layers`` of ``gqa_layer_spec`` and the final norm."""
-    return TransformerBlockSubmodules(
-        layer_specs=[gqa_layer_spec(config)] * config.num_layers, layer_norm=TorchNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[gqa_layer_spec(config)] * config.num_layers, layer_norm=TorchNorm)

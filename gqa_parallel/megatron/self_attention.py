@@ -194,7 +194,9 @@ class GQASelfAttention(GroupedQueryAttention):
         query_heads = self.partition.query_heads(self.tp_rank)
         self.linear_proj.weight.copy_(proj.unflatten(1, (heads, -1))[:, query_heads].flatten(1))
 
-        qkv = torch.empty((heads + 2 * kv_heads) * self.head_dim, config.hidden_size, dtype=torch.float32, device=device)
+        qkv = torch.empty(
+            (heads + 2 * kv_heads) * self.head_dim, config.hidden_size, dtype=torch.float32, device=device
+        )
         config.init_method(qkv)
         mine = block_map(megatron_layout(heads, kv_heads), rank_layout(self.partition, self.tp_rank))
         self.load_qkv(qkv.unflatten(0, (-1, self.head_dim))[mine].flatten(0, 1))

@@ -27,7 +27,7 @@ def huggingface_layout(num_heads: int, num_kv_heads: int) -> list[Block]:
 
 
 def rank_layout(partition: HeadPartition, rank: int) -> list[Block]:
-    """Group-interleaved over the heads of ``rank``: the rank's slice of Megatron's layout where no head is replicated."""
+    """Group-interleaved over the heads of ``rank``; where no head is replicated, its slice of Megatron's layout."""
     query_heads = partition.query_heads(rank)
     blocks: list[Block] = []
     for kv_head in partition.kv_heads(rank):

@@ -83,6 +83,8 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, world_size: int, tp_size: int, store: str) -> None:
+    # the parent kills its daemons; a daemon itself may not start processes, as Megatron's checkpoint writer does
+    multiprocessing.current_process()._config["daemon"] = False
     try:
         _initialize(rank, world_size, tp_size, store)
         pipe.send((True, None))

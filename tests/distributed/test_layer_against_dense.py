@@ -17,7 +17,13 @@ VARIANTS = {
 
 
 def shape(heads: tuple[int, int], variant: str) -> dict:
-    return {"hidden_size": 13, "num_heads": heads[0], "num_kv_heads": heads[1], "head_dim": 6, **VARIANTS[variant]}
+    return {
+        "hidden_size": 13,
+        "num_heads": heads[0],
+        "num_kv_heads": heads[1],
+        "head_dim": 6,
+        **VARIANTS[variant],
+    }
 
 
 LAYOUTS = [(1, False), *((tp_size, parallel) for tp_size in (2, 3, 4) for parallel in (False, True))]
@@ -26,7 +32,9 @@ LAYOUTS = [(1, False), *((tp_size, parallel) for tp_size in (2, 3, 4) for parall
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("heads", HEADS, ids="{0[0]}-{0[1]}".format)
 @pytest.mark.parametrize(
-    ("tp_size", "sequence_parallel"), LAYOUTS, ids=[f"tp{tp}{'-sequence' * parallel}" for tp, parallel in LAYOUTS]
+    ("tp_size", "sequence_parallel"),
+    LAYOUTS,
+    ids=[f"tp{tp}{'-sequence' * parallel}" for tp, parallel in LAYOUTS],
 )
 def test_layer_equals_dense(ranks, tp_size, sequence_parallel, heads, variant):
     settings = {"sequence_parallel": sequence_parallel}

@@ -2,15 +2,20 @@
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import nn
 
-from gqa_parallel.attention.shared_parameters import shared_parameters
+from gqa_parallel.attention.shared_parameters import share
 from gqa_parallel.deepspeed.config import deepspeed_config
+from gqa_parallel.deepspeed.copies import differing_copies
 from gqa_parallel.deepspeed.engine import deepspeed_engine
+from gqa_parallel.errors import UserError
 from gqa_parallel.megatron.config import GQATransformerConfig
 from gqa_parallel.megatron.model import build_gpt, weight_decay_groups
+from gqa_parallel.megatron.process_groups import kv_replica_group
+from gqa_parallel.partition.heads import HeadPartition
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 48, 12, 8, 2
 
@@ -50,7 +55,7 @@ def build_model(config: GQATransformerConfig, seed: int = 5, tie_embeddings: boo
 
 
 def tokens_of(step: int) -> torch.Tensor:
-    """The global batch of a step, [GLOBAL_BATCH, SEQUENCE + 1]: a noisy counting sequence, so that there is something to learn."""
+    """The global batch of a step, [GLOBAL_BATCH, SEQUENCE + 1]: a noisy count, so that there is something to learn."""
     generator = torch.Generator().manual_seed(step)
     start = torch.randint(VOCAB, (GLOBAL_BATCH, 1), generator=generator)
     noise = torch.randint(3, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
@@ -95,7 +100,7 @@ def train(
             engine.backward(loss)
             engine.step()
             total += loss.detach().float() / len(mine)
-        torch.distributed.all_reduce(total, group=dp_group)
+        dist.all_reduce(total, group=dp_group)
         losses.append(total.item() / dp_size)
         norms.append(float(engine.get_global_grad_norm()))
     differing = differing_copies(engine)
@@ -103,13 +108,71 @@ def train(
     return {"losses": losses, "norms": norms, "differing": differing}
 
 
-def differing_copies(engine) -> list[str]:
-    names = []
-    tp_group = parallel_state.get_tensor_model_parallel_group()
-    for name, parameter, group in shared_parameters(engine.module, tp_group):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
-            copies = [torch.empty_like(parameter) for _ in range(group.size())]
-            torch.distributed.all_gather(copies, parameter.detach().contiguous(), group=group)
-        if any(not torch.equal(copy, copies[0]) for copy in copies):
-            names.append(name)
-    return names
+class KnownGradients(nn.Module):
+    """A parameter of each kind; in truth every element has gradient 1/4.
+
+    A shared one gets 1/32 from each copy but the first, and from that the rest.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        replicas = kv_replica_group(HeadPartition(4, 2, tp_group.size()), tp_group)
+        kv_sharers = replicas if replicas.size() > 1 else None
+        self.gradient: dict[str, float] = {}
+        self.whole_size = 0
+
+        def add(name: str, size: int, group: dist.ProcessGroup | None = None, sharded: bool = False) -> None:
+            holder = nn.Module()
+            holder.weight = nn.Parameter(torch.zeros(size, dtype=dtype))
+            holder.weight.tensor_model_parallel = sharded
+            if group is not None:
+                share(holder, group)
+            partial = group is not None and group.size() > 1
+            self.register_parameter(name, holder.weight)
+            self.gradient[name] = (1 / 32 if group.rank() else (9 - group.size()) / 32) if partial else 1 / 4
+
+        add("projection", 15, sharded=True)
+        add("kv_projection", 7, kv_sharers, sharded=True)
+        add("qk_norm", 3, tp_group)
+        add("output_bias", 11)  # its whole gradient appears on every rank
+        kv_heads = 2 if tp_group.size() > 1 else 1
+        self.whole_size = 15 * tp_group.size() + 7 * kv_heads + 3 + 11
+
+    def forward(self) -> torch.Tensor:
+        return sum((getattr(self, name) * gradient).sum() for name, gradient in self.gradient.items())
+
+
+def norm_and_step_of_known_gradients(stage: int, precision: str) -> dict:
+    """One step of plain SGD, learning rate 1, on ``KnownGradients``, clipped to norm 1/2.
+
+    Returns:
+        The reported norm, the number of elements of the whole model, and every weight after the step.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = KnownGradients(dtype)
+    config = deepspeed_config(
+        stage=stage,
+        precision=precision,
+        micro_batch_size=1,
+        micro_batches_per_step=1,
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        clip_grad_norm=0.5,
+    )
+    config["zero_allow_untested_optimizer"] = True
+    engine = deepspeed_engine(model, config, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    engine.backward(engine())
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=stage == 3):
+        weights = torch.cat([parameter.detach().float() for parameter in engine.module.parameters()]).tolist()
+    norm = float(engine.get_global_grad_norm())
+    engine.destroy()
+    return {"norm": norm, "whole_size": model.whole_size, "weights": weights}
+
+
+def engine_refusal(config: dict) -> str:
+    try:
+        deepspeed_engine(nn.Linear(1, 1), config)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("not refused")
