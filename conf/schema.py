@@ -99,7 +99,9 @@ class OptimConfig:
 class DataConfig:
     """Megatron indexed datasets (``PREFIX.bin`` + ``PREFIX.idx``)."""
 
-    paths: list[str] = field(default_factory=list)  # prefixes; empty: the source of the Python standard library
+    paths: list[str] = field(
+        default_factory=list
+    )  # prefixes; empty: the source of the Python standard library
     weights: list[float] | None = None  # one per path; null: by size
     split: str = "95,5,0"  # train, validation, test
     tokenizer: str = "byte"  # byte, or a folder / tokenizer.json of Hugging Face
