@@ -157,7 +157,7 @@ def _check_schedule(config: Config) -> None:
             f"from lr to min_lr. Use optim.min_lr={optim.lr / 10:g}."
         )
     end_name, end = ("optim.decay_steps", optim.decay_steps) if optim.decay_steps else ("train.steps", steps)
-    if optim.warmup_steps >= end:
+    if optim.warmup_steps is not None and optim.warmup_steps >= end:
         raise UserError(
             f"optim.warmup_steps ({optim.warmup_steps}) must be less than {end_name} ({end}): the decay "
             f"follows the warm-up. Use optim.warmup_steps={end // 10}."

@@ -86,7 +86,7 @@ class OptimConfig:
 
     lr: float = 3e-4
     min_lr: float = 3e-5
-    warmup_steps: int = 100
+    warmup_steps: int | None = None  # null: a tenth of the decay
     decay_steps: int | None = None  # null: train.steps
     weight_decay: float = 0.1  # matrices only
     beta1: float = 0.9
@@ -99,9 +99,7 @@ class OptimConfig:
 class DataConfig:
     """Megatron indexed datasets (``PREFIX.bin`` + ``PREFIX.idx``)."""
 
-    paths: list[str] = field(
-        default_factory=list
-    )  # prefixes; empty: the source of the Python standard library
+    paths: list[str] = field(default_factory=list)  # prefixes; empty: the source of the Python standard library
     weights: list[float] | None = None  # one per path; null: by size
     split: str = "95,5,0"  # train, validation, test
     tokenizer: str = "byte"  # byte, or a folder / tokenizer.json of Hugging Face

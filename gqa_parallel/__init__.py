@@ -3,8 +3,12 @@
 Names are imported on first use, so that ``gqa-plan`` needs neither torch nor a process group.
 """
 
+import warnings
 from importlib import import_module
 from typing import Any
+
+# Megatron-Core says while it is imported, once per module and rank, that these two are missing: both are optional
+warnings.filterwarnings("ignore", message="(Transformer Engine|Apex)", module="megatron")
 
 _HOME = {
     "HeadPartition": "partition.heads",

@@ -176,9 +176,7 @@ def kv_cache(plan: Plan) -> RenderableType:
     table = _table("", "per token", f"per {seq_len:,} tokens", f"MHA, per {seq_len:,} tokens", "MHA / this")
     for name, tp_size in (("model", 1), ("fullest rank", plan.partition.tp_size)):
         this, with_mha = _most_kv_cache(plan.shape, tp_size), _most_kv_cache(mha, tp_size)
-        table.add_row(
-            name, _size(this), _size(this * seq_len), _size(with_mha * seq_len), f"{with_mha / this:.3g} x"
-        )
+        table.add_row(name, _size(this), _size(this * seq_len), _size(with_mha * seq_len), f"{with_mha / this:.3g} x")
     return _section("KV cache in 16 bits", table)
 
 

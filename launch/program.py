@@ -15,17 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gqa_parallel.errors import UserError
+from gqa_parallel.training.world import World
 
 USER_ERROR_EXIT_CODE = 2
 C = TypeVar("C")
 
 
-def program(schema: type[C], config_name: str) -> Callable[[Callable[[C], None]], Callable[[], None]]:
+def program(
+    schema: type[C], config_name: str, distributed: bool = False
+) -> Callable[[Callable[[C], None]], Callable[[], None]]:
     """Make ``task(config)`` a program that takes Hydra overrides.
 
     Args:
         schema: the dataclass that lists every admissible key; ``+new=1`` cannot add others. ``task`` gets an instance.
         config_name: the primary file in ``conf/``.
+        distributed: torchrun starts it on several ranks; it then shows the traceback of the rank that failed first.
 
     A ``UserError``, or a configuration that Hydra cannot compose, ends the program with exit code 2 and its
     message, without a traceback; of the ranks of a node only the first prints it.
@@ -40,6 +44,10 @@ def program(schema: type[C], config_name: str) -> Callable[[Callable[[C], None]]
             except UserError as error:  # before Hydra adds its own lines to it
                 end_with(error)
 
+        if distributed:
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            checked = record(checked)  # inside Hydra's wrapper, which would take the exception away from it
         run = hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(checked)
 
         @functools.wraps(task)
@@ -59,7 +67,7 @@ def program(schema: type[C], config_name: str) -> Callable[[Callable[[C], None]]
 
 def end_with(error: Exception) -> None:
     """Print the message of a user's mistake and exit with code 2."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if World.from_environment().local_rank == 0:
         print(f"\nerror: {_message(error)}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR_EXIT_CODE)
 

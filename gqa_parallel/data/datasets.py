@@ -5,24 +5,20 @@ import hashlib
 import json
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import megatron.core
 import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
 from gqa_parallel.data.cache import build_once, cache_folder
 from gqa_parallel.data.index import Index, check_dataset
 from gqa_parallel.data.tokenizer import Tokenizer
 from gqa_parallel.errors import UserError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Transformer Engine and Apex are not needed here
-    import megatron.core
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
 

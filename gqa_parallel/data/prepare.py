@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -267,9 +266,7 @@ def _decode(raw: bytes | str) -> tuple[str, bool]:
 
 
 def _open_builder(prefix: Path, tokenizer: Tokenizer) -> "IndexedDatasetBuilder":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Transformer Engine and Apex are not needed here
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     return IndexedDatasetBuilder(str(_part(prefix, ".bin")), dtype=DType.optimal_dtype(tokenizer.vocab_size))
 

@@ -1,4 +1,4 @@
-"""What Megatron-Core needs to run without CUDA: applied by importing ``gqa_parallel.megatron``, where CUDA is absent."""
+"""What Megatron-Core needs to run without CUDA. Importing ``gqa_parallel.megatron`` applies it where CUDA is absent."""
 
 import contextlib
 from collections.abc import Iterator

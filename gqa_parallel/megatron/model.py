@@ -44,10 +44,10 @@ def build_gpt(
     return model.to(torch.cuda.current_device())
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: matrices decay; norms and biases do not."""
+def weight_decay_groups(model: nn.Module) -> list[dict]:
+    """Optimizer groups: matrices decay; norms and biases do not (``wd_mult`` is what Megatron's schedule reads)."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "wd_mult": 1.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "wd_mult": 0.0, "weight_decay": 0.0},
     ]

@@ -2,6 +2,7 @@
 
 import functools
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -10,14 +11,15 @@ from gqa_parallel.partition.heads import HeadPartition
 
 @functools.cache
 def subgroup(tp_group: ProcessGroup, tp_ranks: range) -> ProcessGroup:
-    """The group of ``tp_ranks``, ranks of ``tp_group``; only they need to call. Made once per process.
+    """The group of ``tp_ranks``, ranks of ``tp_group``, with its timeout; only they call. Made once per process.
 
     Communication: the first call synchronises ``tp_ranks`` through the store.
     """
     if len(tp_ranks) == tp_group.size():
         return tp_group
     ranks = [dist.get_global_rank(tp_group, rank) for rank in tp_ranks]
-    return dist.new_group(ranks, use_local_synchronization=True, group_desc="kv_replicas")
+    timeout = tp_group._get_backend(torch.empty(0, device=torch.cuda.current_device()).device).options._timeout
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="kv_replicas")
 
 
 def kv_replica_group(partition: HeadPartition, tp_group: ProcessGroup) -> ProcessGroup:

@@ -88,9 +88,7 @@ class ParameterCounts:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def parameter_counts(
-    shape: ModelShape, partition: HeadPartition | None = None, rank: int = 0
-) -> ParameterCounts:
+def parameter_counts(shape: ModelShape, partition: HeadPartition | None = None, rank: int = 0) -> ParameterCounts:
     """Parameters that one tensor-parallel rank stores, replicas included.
 
     Args:

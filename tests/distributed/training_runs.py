@@ -76,7 +76,7 @@ def train(
     dp_group = parallel_state.get_data_parallel_group()
     dp_rank, dp_size = dp_group.rank(), dp_group.size()
     model = build_model(small_config(**settings), tie_embeddings=tie_embeddings)
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.1), lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     micro_batches = GLOBAL_BATCH // (MICRO_BATCH * dp_size)
     engine = deepspeed_engine(
         model,

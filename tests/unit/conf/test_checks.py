@@ -121,8 +121,7 @@ def test_ranges(key, value, requirement):
         (
             8,
             {"parallel__tp": 8},
-            "tp (8) must be at most num_heads (4): a rank without a query head would be idle. Use tp 4 or "
-            "less.",
+            "tp (8) must be at most num_heads (4): a rank without a query head would be idle. Use tp 4 or less.",
         ),
         (
             1,

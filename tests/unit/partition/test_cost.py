@@ -237,9 +237,7 @@ def test_replicated_attention_gathers_its_input_once():
         "all-gather",
         "reduce-scatter",
     ]
-    assert (
-        Collective("attention", "backward", "all-reduce", "KV weight gradient", 10 * 11 + 10, 2) in attention
-    )
+    assert Collective("attention", "backward", "all-reduce", "KV weight gradient", 10 * 11 + 10, 2) in attention
 
 
 @given(partitions(), st.booleans())
@@ -250,18 +248,14 @@ def test_no_activation_collective_depends_on_the_kv_heads(partition, sequence_pa
 
     def activations(of: ModelShape) -> int:
         found = layer_collectives(of, of.partition(partition.tp_size), 1000, sequence_parallel)
-        return sum(
-            c.num_elements for c in found if not c.tensor.endswith(("norm gradient", "weight gradient"))
-        )
+        return sum(c.num_elements for c in found if not c.tensor.endswith(("norm gradient", "weight gradient")))
 
     assert activations(shape) <= activations(mha)
     if not sequence_parallel:
         assert activations(shape) == activations(mha)
 
 
-@pytest.mark.parametrize(
-    ("operation", "sent"), [("all-reduce", 150), ("all-gather", 75), ("reduce-scatter", 75)]
-)
+@pytest.mark.parametrize(("operation", "sent"), [("all-reduce", 150), ("all-gather", 75), ("reduce-scatter", 75)])
 def test_sent_elements_of_a_ring(operation, sent):
     assert Collective("mlp", "forward", operation, "output", 100, 4).sent_elements == sent
 

@@ -159,8 +159,7 @@ def test_sizes_that_other_systems_refuse(sizes, query_head_counts, imbalance):
         ),
         (
             (4, 2, 5),
-            "tp (5) must be at most num_heads (4): "
-            "a rank without a query head would be idle. Use tp 4 or less.",
+            "tp (5) must be at most num_heads (4): a rank without a query head would be idle. Use tp 4 or less.",
         ),
         ((0, 1, 1), "num_heads (0) must be a whole number of at least 1."),
         ((4, -2, 1), "num_kv_heads (-2) must be a whole number of at least 1."),

@@ -30,9 +30,7 @@ def test_megatron_layout_is_megatrons_reshape(num_kv_heads, heads_per_group):
     """``SelfAttention.get_query_key_value_tensors`` reads its rows as [ng, np/ng + 2, hn]."""
     num_heads = num_kv_heads * heads_per_group
     megatron_rows = np.array(
-        row_map(
-            huggingface_layout(num_heads, num_kv_heads), megatron_layout(num_heads, num_kv_heads), HEAD_DIM
-        )
+        row_map(huggingface_layout(num_heads, num_kv_heads), megatron_layout(num_heads, num_kv_heads), HEAD_DIM)
     )
     groups = megatron_rows.reshape(num_kv_heads, heads_per_group + 2, HEAD_DIM)
     q, k, v = huggingface_rows(num_heads, num_kv_heads)
