@@ -168,13 +168,13 @@ def test_ranges(key, value, requirement):
         ),
         (
             1,
-            {"train__steps": 50},
+            {"optim__warmup_steps": 100, "train__steps": 50},
             "optim.warmup_steps (100) must be less than train.steps (50): the decay follows the warm-up. "
             "Use optim.warmup_steps=5.",
         ),
         (
             1,
-            {"optim__decay_steps": 100},
+            {"optim__warmup_steps": 100, "optim__decay_steps": 100},
             "optim.warmup_steps (100) must be less than optim.decay_steps (100): the decay follows the "
             "warm-up. Use optim.warmup_steps=10.",
         ),
