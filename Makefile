@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= $(shell $(VENV)/bin/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test mutants lint format clean
 
 help:
 	@echo "make demo    train a small model on two ranks (GPUs if there are any), in about three minutes"
 	@echo "make test    run all tests"
+	@echo "make mutants plant faults in a copy of the code and see the tests catch each"
 	@echo "make lint    check style;  make format  apply it"
 	@echo "make install create $(VENV) and install into it;  make clean  remove it"
 
@@ -24,6 +25,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(ARGS)
+
+mutants: install
+	$(VENV)/bin/python -m tests.mutation_check
 
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -6,6 +6,7 @@ from typing import Any
 
 from gqa_parallel.conf.model_shape import head_dim
 from gqa_parallel.conf.schema import Config, Precision
+from gqa_parallel.data.blend import check_weights, split_shares
 from gqa_parallel.data.sampler import micro_batches_per_step
 from gqa_parallel.errors import UserError
 from gqa_parallel.partition.heads import HeadPartition
@@ -65,8 +66,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     ),
     "0, 1, 2 or 3": (lambda value: value in range(4), ("zero.stage",)),
 }
-
-_QUOTED_SPLIT = "\"data.split='95,5,0'\""  # a bare comma would be a sweep to Hydra
 
 
 def check(config: Config, world_size: int, cuda: bool | None = None) -> None:
@@ -183,38 +182,14 @@ def _check_precision(config: Config, cuda: bool | None) -> None:
 
 def _check_data(config: Config) -> None:
     data, train = config.data, config.train
-    if data.weights is not None:
-        if len(data.weights) != len(data.paths):
-            raise UserError(
-                f"data.weights ({len(data.weights)} values) must have one value per path of data.paths "
-                f"({len(data.paths)} values): each corpus has one weight. Give {len(data.paths)}, or "
-                "data.weights=null to weigh by size."
-            )
-        if not all(weight >= 0 for weight in data.weights) or sum(data.weights) <= 0:
-            raise UserError(
-                f"data.weights ({data.weights}) must be at least 0, and one of them greater: they are "
-                "shares of the training data. Use data.weights=null to weigh by size."
-            )
-    _, validation, _ = _split_shares(data.split)
+    check_weights(data.paths, data.weights)
+    _, validation, _ = split_shares(data.split)
     if train.eval_batches and not validation:
         raise UserError(
             f"data.split ({data.split}) must leave a share for validation, its second value, while "
             f"train.eval_batches ({train.eval_batches}) asks for evaluation. "
-            f"Use {_QUOTED_SPLIT}, or train.eval_batches=0."
+            f"Use \"data.split='95,5,0'\", or train.eval_batches=0."
         )
-
-
-def _split_shares(split: str) -> list[float]:
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or not all(share >= 0 for share in shares) or not shares[0]:
-        raise UserError(
-            f"data.split ({split}) must be three shares of at least 0, the first greater: training, "
-            f"validation, test. Use {_QUOTED_SPLIT}."
-        )
-    return shares
 
 
 def _multiples(value: int, of: int) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import Dataset
 
+from gqa_parallel.data.blend import check_weights, split_shares
 from gqa_parallel.data.cache import build_once, cache_folder
 from gqa_parallel.data.index import Index, check_dataset
 from gqa_parallel.data.tokenizer import Tokenizer
@@ -75,8 +75,10 @@ def build_datasets(
     Raises:
         UserError: see ``check_dataset``; or weights, split and seq_len do not fit the datasets.
     """
-    _check_weights(paths, weights)
-    _check_split(split)
+    if not paths:
+        raise UserError("data.paths ([]) must name a dataset. Give data.paths=[PREFIX], or use data=stdlib.")
+    check_weights(paths, weights)
+    split_shares(split)
     indices = [check_dataset(path, tokenizer, vocab_size) for path in paths]
     if len(paths) == 1:
         weights = None
@@ -140,25 +142,6 @@ def _as_one_process() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_initialized, torch.distributed.get_rank = saved
-
-
-def _check_weights(paths: Sequence[str], weights: Sequence[float] | None) -> None:
-    if not paths:
-        raise UserError("data.paths ([]) must name a dataset. Give data.paths=[PREFIX], or use data=stdlib.")
-    if weights is not None and (len(weights) != len(paths) or min(weights) <= 0):
-        raise UserError(
-            f"data.weights ({list(weights)}) must be one positive number per entry of data.paths "
-            f"({list(paths)}): each is a share of the samples. Use data.weights=null to weigh by size."
-        )
-
-
-def _check_split(split: str) -> None:
-    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
-    if not re.fullmatch(f"{number}(,{number}){{0,2}}", split) or not float(split.split(",")[0]):
-        raise UserError(
-            f"data.split ({split}) must be up to three numbers, the first > 0: they are the shares of "
-            f"training, validation and test documents. Use \"data.split='95,5,0'\"."
-        )
 
 
 def _check_lengths(paths: Sequence[str], indices: Sequence[Index], config: GPTDatasetConfig) -> None:

@@ -1,6 +1,8 @@
 """The process groups inside a tensor-parallel group that share replicated KV heads."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,19 @@ def subgroup(tp_group: ProcessGroup, tp_ranks: range) -> ProcessGroup:
         return tp_group
     ranks = [dist.get_global_rank(tp_group, rank) for rank in tp_ranks]
     timeout = tp_group._get_backend(torch.empty(0, device=torch.cuda.current_device()).device).options._timeout
-    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="kv_replicas")
+    with _unbound_world():
+        return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc="kv_replicas")
+
+
+@contextlib.contextmanager
+def _unbound_world() -> Iterator[None]:
+    """A world that is bound to a device makes new NCCL groups by splitting its own, which all its ranks must join."""
+    world = dist.group.WORLD
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def kv_replica_group(partition: HeadPartition, tp_group: ProcessGroup) -> ProcessGroup:

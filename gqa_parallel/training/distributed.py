@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ def process_groups(world: World, *, tp_size: int, timeout_s: float) -> Iterator[
     """
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(world.local_rank)
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap relies on launch order
+        torch.cuda.set_device(world.local_rank)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=datetime.timedelta(seconds=timeout_s),
-        device_id=torch.device("cuda", world.local_rank) if cuda else None,
         **alone,
     )
     try:
@@ -64,22 +63,24 @@ def from_rank_0(value: Any) -> Any:
     return values[0]
 
 
-def agree(**values: Any) -> None:
+def agree(values: Mapping[str, Any]) -> None:
     """Refuse to go on where ranks differ in what must be the same.
 
+    Args:
+        values: by name; compared by their texts.
     Raises:
-        UserError: on every rank; names the value, and a rank that differs from rank 0.
+        UserError: on every rank; names the first value that differs, and the rank that differs from rank 0.
 
-    Communication: one all-gather of the values' texts.
+    Communication: one all-gather of the texts.
     """
-    everyone: list[Any] = [None] * dist.get_world_size()
+    everyone: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, {name: str(value) for name, value in values.items()})
-    for name, first in everyone[0].items():
-        for rank, theirs in enumerate(everyone):
-            if theirs[name] != first:
+    for rank, theirs in enumerate(everyone):
+        for name, first in everyone[0].items():
+            if theirs.get(name) != first:
                 raise UserError(
-                    f"{name} of rank {rank} ({theirs[name]}) must be that of rank 0 ({first}): all ranks train one "
-                    "model on one corpus. Start every node with the same command, files and versions."
+                    f"{name} of rank {rank} ({theirs.get(name)}) must be that of rank 0 ({first}): all ranks train "
+                    "one model on one corpus. Start every node with the same command, files and versions."
                 )
 
 

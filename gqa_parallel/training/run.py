@@ -63,7 +63,7 @@ def run(config: Config) -> None:
         stack.enter_context(process_groups(world, tp_size=config.parallel.tp, timeout_s=config.parallel.timeout_s))
         run_dir = resolve_run_dir(config.run_dir, config.model.name, from_rank_0)
         stack.enter_context(logging_to(run_dir, world.rank, config.debug.log_level))
-        agree(configuration=resolved, corpus=datasets.fingerprint)
+        agree({**_flat(resolved), "the corpus": datasets.fingerprint})
         identity = _identity(config, shape)
         resumed_from, description = _resumed(config, run_dir, identity)
         if world.rank == 0:
@@ -77,9 +77,11 @@ def run(config: Config) -> None:
             checkpoint.load(resumed_from, trainee)
             progress = Progress(step=description.step, best_val_loss=description.best_val_loss)
             logger.info("resumed from %s", resumed_from)
+            if progress.step >= config.train.steps:
+                logger.warning("nothing is left to train: train.steps (%d) are done", config.train.steps)
 
         throughput = _throughput(config, shape, world)
-        observers = stack.enter_context(_observers(config, run_dir, resolved, description, world))
+        observers = stack.enter_context(_observers(config, run_dir, resolved, resumed_from, description, world))
         sampler, validation = _samplers(config, datasets, progress.step)
         loop = Loop(
             config=config,
@@ -101,6 +103,14 @@ def run(config: Config) -> None:
             progress = loop.run(progress)
         if world.rank == 0:
             _conclude(config, run_dir, progress, throughput, observers, tokenizer, started)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, as one writes overrides."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
@@ -149,7 +159,7 @@ def _resumed(
     config: Config, run_dir: Path, identity: dict[str, Any]
 ) -> tuple[Path | None, checkpoint.Description | None]:
     folder = checkpoint.find_checkpoint(config.resume, run_dir)
-    agree(resume=folder and folder.name)
+    agree({"the checkpoint to resume": folder and folder.name})
     if folder is None:
         return None, None
     description = checkpoint.describe(folder)
@@ -188,6 +198,7 @@ def _observers(
     config: Config,
     run_dir: Path,
     resolved: dict[str, Any],
+    resumed_from: Path | None,
     description: checkpoint.Description | None,
     world: World,
 ):
@@ -205,7 +216,9 @@ def _observers(
         }
         for rank in range(partition.tp_size)
     ]
-    resumed_id = description.wandb_run_id if description else None
+    # a run that goes on from another run's checkpoint is a new one
+    goes_on = resumed_from is not None and resumed_from.absolute().parents[1] == run_dir
+    resumed_id = description.wandb_run_id if goes_on else None
     tracker: Tracker = start_tracking(config.wandb, run_dir, resolved, head_table, resumed_id)
     history = History(run_dir, resumed_step=description.step if description else None)
     first_step = description.step if description else 0

@@ -47,7 +47,7 @@ def message(world_size: int, cuda: bool | None, **changes) -> str:
         (1, {"train__precision": Precision.bf16, "zero__stage": 3}),
         (1, {"train__eval_batches": 0, "data__split": "1,0,0"}),
         (1, {"optim__warmup_steps": 0, "train__steps": 1}),
-        (1, {"data__paths": ["a", "b"], "data__weights": [0.0, 2.0]}),
+        (1, {"data__paths": ["a", "b"], "data__weights": [0.5, 2.0]}),
         (1, {"model__head_dim": 10, "model__hidden_size": 50}),
         (1, {"optim__min_lr": 0.0, "optim__clip_grad_norm": 0.0, "checkpoint__interval": 0}),
     ],
@@ -188,14 +188,14 @@ def test_ranges(key, value, requirement):
         (
             1,
             {"data__paths": ["a", "b"], "data__weights": [1.0]},
-            "data.weights (1 values) must have one value per path of data.paths (2 values): each corpus "
-            "has one weight. Give 2, or data.weights=null to weigh by size.",
+            "data.weights ([1.0]) must be one positive number per entry of data.paths (['a', 'b']): each is a share of "
+            "the samples. Use data.weights=null to weigh by size.",
         ),
         (
             1,
             {"data__paths": ["a", "b"], "data__weights": [1.0, -1.0]},
-            "data.weights ([1.0, -1.0]) must be at least 0, and one of them greater: they are shares of the "
-            "training data. Use data.weights=null to weigh by size.",
+            "data.weights ([1.0, -1.0]) must be one positive number per entry of data.paths (['a', 'b']): each is a "
+            "share of the samples. Use data.weights=null to weigh by size.",
         ),
         (
             1,
@@ -208,10 +208,10 @@ def test_ranges(key, value, requirement):
             (
                 1,
                 {"data__split": split},
-                f"data.split ({split}) must be three shares of at least 0, the first greater: training, "
-                "validation, test. Use \"data.split='95,5,0'\".",
+                f"data.split ({split}) must be up to three numbers, the first > 0: they are the shares of training, "
+                "validation and test documents. Use \"data.split='95,5,0'\".",
             )
-            for split in ("95,5", "95,5,x", "", "0,5,5", "95,-5,0", "nan,1,1")
+            for split in ("95,5,1,1", "95,5,x", "", "0,5,5", "95,-5,0", "nan,1,1")
         ),
     ],
 )

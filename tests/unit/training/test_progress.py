@@ -57,15 +57,26 @@ def test_durations(seconds, text):
 
 def test_a_line_reads_from_result_to_cost():
     assert status_line(ROW, eta_s=190, head="120/1000") == (
-        "120/1000  loss 2.346  bpb 3.384  lr 3.0e-04  |g| 1.23  12.3k tok/s  1.23 TFLOP/s  3.2 GiB  eta 3:10"
+        "120/1000  loss 2.346  bpb 3.384  lr 3.0e-04  |g| 1.23   12.3k tok/s  1.23T FLOP/s  3.2 GiB  eta 3:10"
     )
+
+
+def test_lines_of_one_run_stand_in_columns():
+    rows = [
+        {**ROW, "train/grad_norm": 2.0, "perf/tokens_per_s": 288.0, "perf/tflops": 5.7e-5},
+        {**ROW, "train/grad_norm": 0.123, "perf/tokens_per_s": 999_700.0, "perf/tflops": 412.0},
+    ]
+    first, second = (status_line(row, eta_s=190, head="120/1000") for row in rows)
+    assert len(first) == len(second)
+    for word in ("lr", "|g|", "tok/s", "FLOP/s", "GiB", "eta"):
+        assert first.index(word) == second.index(word), word
 
 
 def test_a_wide_line_loses_its_least_parts_and_keeps_its_best():
     row = {**ROW, "train/grad_norm": 123.0, "perf/mfu": 0.41, "mem/peak_gib": 71.2, "perf/tflops": 412.0}
     line = status_line(row, eta_s=100_000, head="100000/1000000")
     assert len(line) <= 100
-    assert line.startswith("100000/1000000 loss 2.346 bpb 3.384 ")
+    assert line.startswith("100000/1000000  loss 2.346  bpb 3.384  ")
     assert "41% MFU" in line
     assert "GiB" not in line
 
