@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYER = ("tests/distributed/test_layer_against_dense.py",)
+VARIANTS = ("tests/distributed/test_variants_against_dense.py",)
 TRAINING = ("tests/distributed/test_training.py",)
 MEGATRON = ("tests/distributed/test_megatron.py",)
 PARTITION = ("tests/unit/partition",)
@@ -54,30 +55,79 @@ FAULTS = [
     Fault(
         "query heads of a group swapped",
         "attention/grouped_query_attention.py",
-        "return q_SBGRH.flatten(2, 3)",
-        "return q_SBGRH.flip(3).flatten(2, 3)",
+        "(part.flatten(2, 3) for part in q_parts)",
+        "(part.flip(3).flatten(2, 3) for part in q_parts)",
         LAYER,
     ),
     Fault(
         "KV head taken from the neighbour",
         "attention/grouped_query_attention.py",
-        "k_SBG1H.squeeze(3)",
-        "k_SBG1H.squeeze(3).roll(1, 2)",
+        "k_SBG1H.squeeze(3), v",
+        "k_SBG1H.squeeze(3).roll(1, 2), v",
         LAYER,
     ),
     Fault(
         "K and V exchanged where KV is replicated",
         "attention/grouped_query_attention.py",
-        "k_SBGH, v_SBGH = kv",
-        "v_SBGH, k_SBGH = kv",
+        "k_SBG1H, v_SBG1H = kv",
+        "v_SBG1H, k_SBG1H = kv",
         LAYER,
     ),
     Fault(
         "keys not rotated",
         "attention/grouped_query_attention.py",
-        "k_SBGH = rotate(k_SBGH, angles_SR, self.rotary_interleaved)",
-        "pass",
+        "q_SBNH, k_SBGH = rotation(q_SBNH), rotation(k_SBGH)",
+        "q_SBNH = rotation(q_SBNH)",
         LAYER,
+    ),
+    Fault(
+        "window off by one",
+        "attention/core_attention.py",
+        "- (self.window - 1)",
+        "- self.window",
+        VARIANTS,
+    ),
+    Fault(
+        "a document sees the last token of the one before",
+        "attention/blocked.py",
+        "key_L >= first_key_Q[:, None]",
+        "key_L >= first_key_Q[:, None] - 1",
+        VARIANTS,
+    ),
+    Fault(
+        "positions go on in the next document",
+        "megatron/self_attention.py",
+        "angles_SR[torch.arange(seq_len, device=device) - document_start_S]",
+        "angles_SR[torch.arange(seq_len, device=device)]",
+        VARIANTS,
+    ),
+    Fault(
+        "soft-cap before the scale",
+        "attention/blocked.py",
+        "(scores_BGRQL / softcap).tanh()",
+        "(scores_BGRQL / scale / softcap).tanh() * scale",
+        VARIANTS,
+    ),
+    Fault(
+        "sinks of the first rank on every rank",
+        "attention/blocked.py",
+        "sinks = sinks_N.to",
+        "sinks = sinks_N.roll(1).to",
+        VARIANTS,
+    ),
+    Fault(
+        "gates of a group in the order of the KV heads",
+        "partition/qkv_layout.py",
+        '[("g", head) for head in local if gated]',
+        '[("g", head) for head in reversed(local) if gated]',
+        VARIANTS,
+    ),
+    Fault(
+        "all scores kept for the backward pass",
+        "attention/blocked.py",
+        "            checkpoint(\n                _one_block,",
+        "            (lambda block, *args, use_reentrant, preserve_rng_state: block(*args))(\n                _one_block,",
+        ("tests/unit/attention/test_backends.py",),
     ),
     Fault(
         "no causal mask",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
 
+from gqa_parallel.attention.rope import Rope
 from gqa_parallel.errors import UserError
 from gqa_parallel.partition.heads import HeadPartition
 
@@ -12,12 +13,19 @@ from gqa_parallel.partition.heads import HeadPartition
 class GQATransformerConfig(TransformerConfig):
     """A ``TransformerConfig`` that admits every partition of ``HeadPartition``, uneven and replicated ones too.
 
+    Megatron's own names ask for the variants that it has: ``window_size`` and ``window_attn_skip_freq`` (local layers),
+    ``softmax_scale``, ``softmax_type="learnable"`` (sinks), ``attention_output_gate``, ``rotary_interleaved``.
+
     Megatron refuses ``num_attention_heads % tensor_model_parallel_size != 0`` and a number of query groups that neither
     divides nor is divided by it. All else is checked as Megatron does.
 
     Raises:
         UserError: the heads admit no partition; names both values and what works.
     """
+
+    rope: Rope | None = None  # the layer's own angles; None: those that the model passes
+    local_rope: Rope | None = None  # of the layers with a window, where it differs
+    attention_softcap: float | None = None  # largest attention score, approached by tanh
 
     use_cpu_initialization: bool = True  # the full weight is drawn and sliced: the same start at every tp size
     masked_softmax_fusion: bool = False

@@ -12,9 +12,6 @@ from gqa_parallel.partition.heads import HeadPartition
 _SUPPORTED_CONFIG = {
     "context_parallel_size": 1,
     "multi_latent_attention": False,
-    "window_size": None,
-    "softmax_type": "vanilla",
-    "attention_output_gate": False,
     "qk_clip": False,
     "log_max_attention_logit": False,
     "no_rope_freq": None,
@@ -34,7 +31,6 @@ _SUPPORTED_CONFIG = {
 
 _WAY_OUT = {
     "attention_mask": "the mask is causal; build the dataset with create_attention_mask=False",
-    "packed_seq_params": "documents cannot be packed yet",
     "inference_context": "key/value caching is not supported yet",
     "inference_params": "key/value caching is not supported yet",
 }
@@ -57,6 +53,16 @@ def refuse_unsupported_config(
                 f"{name} ({value!r}) must be {supported!r} with grouped-query attention of gqa_parallel: "
                 f"the layer does not implement it. Set {name}={supported!r} or keep Megatron's SelfAttention."
             )
+    if config.softmax_type == "off-by-one":
+        raise UserError(
+            "softmax_type ('off-by-one') must be 'vanilla' or 'learnable': the layer learns its sinks. "
+            "Set softmax_type='learnable'; it starts at a logit of 0, which is off-by-one."
+        )
+    if config.window_size is not None and (config.window_size[0] < 0 or config.window_size[1] != 0):
+        raise UserError(
+            f"window_size ({config.window_size}) must be (keys before the query, 0): attention is causal. "
+            "Set window_size=(w - 1, 0) for a window of w keys, or None."
+        )
     if attn_mask_type != AttnMaskType.causal:
         raise UserError(
             f"attn_mask_type ({attn_mask_type}) must be AttnMaskType.causal: the layer masks the future and nothing "

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -17,10 +18,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
 from gqa_parallel.attention.core_attention import CoreAttention
 from gqa_parallel.attention.grouped_query_attention import GroupedQueryAttention
+from gqa_parallel.attention.rotary import Rotation
+from gqa_parallel.errors import UserError
 from gqa_parallel.megatron.norm import TorchNorm
 from gqa_parallel.megatron.process_groups import alone_group, kv_replica_group
 from gqa_parallel.megatron.refusals import refuse_unsupported_arguments, refuse_unsupported_config
@@ -54,8 +58,10 @@ class GQASelfAttention(GroupedQueryAttention):
         refuse_unsupported_config(config, submodules, attn_mask_type, partition)
 
         head_dim = config.kv_channels
-        query_width = len(partition.query_heads(tp_group.rank())) * head_dim
+        num_local_heads = len(partition.query_heads(tp_group.rank()))
+        query_width = num_local_heads * head_dim * (2 if config.attention_output_gate else 1)
         kv_width = len(partition.kv_heads(tp_group.rank())) * head_dim
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
 
         def column_parallel(width: int, group: torch.distributed.ProcessGroup, name: str) -> nn.Module:
             """A linear of ``width`` outputs on this rank: no collective depends on it, so it may differ by rank."""
@@ -86,14 +92,16 @@ class GQASelfAttention(GroupedQueryAttention):
                 return gather_from_sequence_parallel_region(hidden_SBD, group=tp_group)
             return copy_to_tensor_model_parallel_region(hidden_SBD, group=tp_group)
 
-        core_attention = CoreAttention(
+        recomputes = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        core_attention = (RecomputedCoreAttention if recomputes else CoreAttention)(
             softmax_scale=config.softmax_scale,
             dropout=config.attention_dropout,
             # under sequence parallelism the whole block draws from the ranks' own streams already
             dropout_rng=contextlib.nullcontext if config.sequence_parallel else _rank_rng,
+            window=config.window_size[0] + 1 if windowed else None,
+            softcap=getattr(config, "attention_softcap", None),
+            num_sinks=num_local_heads if config.softmax_type == "learnable" else 0,
         )
-        if config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules:
-            core_attention = Recomputed(core_attention)
 
         if partition.replicates_kv:
             alone = alone_group(tp_group)
@@ -112,7 +120,7 @@ class GQASelfAttention(GroupedQueryAttention):
             core_attention=core_attention,
             linear_proj=build_module(
                 submodules.linear_proj,
-                query_width * tp_group.size(),
+                num_local_heads * head_dim * tp_group.size(),
                 config.hidden_size,
                 config=config,
                 init_method=_left_to_draw_weights,
@@ -126,9 +134,14 @@ class GQASelfAttention(GroupedQueryAttention):
             **projections,
             q_layernorm=qk_norm(submodules.q_layernorm),
             k_layernorm=qk_norm(submodules.k_layernorm),
-            rotary_interleaved=config.rotary_interleaved,
+            output_gate=config.attention_output_gate,
             tp_group=tp_group,
         )
+        if core_attention.softmax_offset is not None:
+            core_attention.to(dtype=config.params_dtype, device=self.linear_proj.weight.device)
+            core_attention.softmax_offset.tensor_model_parallel = True
+        local_rope = getattr(config, "local_rope", None) if windowed else None
+        self.rope = local_rope or getattr(config, "rope", None)
         self.config = config
         self.layer_number = layer_number
         self.tp_group = tp_group
@@ -155,7 +168,9 @@ class GQASelfAttention(GroupedQueryAttention):
 
         Args:
             hidden_states: [S, B, D], or [S / T, B, D] under sequence parallelism.
-            rotary_pos_emb: [S, 1, 1, R] angles, the same for queries and keys.
+            rotary_pos_emb: [S, 1, 1, R] angles, the same for queries and keys; not used where ``config.rope`` is set.
+            packed_seq_params: documents packed one after the other into one row (``qkv_format="thd"``, B = 1): no
+                attention from one to another, positions restart.
             The others must be None; the mask is causal.
         Returns:
             Output, shaped like ``hidden_states``, and the output projection's bias.
@@ -170,14 +185,35 @@ class GQASelfAttention(GroupedQueryAttention):
             rotary_pos_sin=rotary_pos_sin,
             rotary_pos_cos_sin=rotary_pos_cos_sin,
             attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
             inference_params=inference_params,
         )
-        if isinstance(rotary_pos_emb, tuple):
-            rotary_pos_emb, _ = rotary_pos_emb
-        angles_SR = None if rotary_pos_emb is None else rotary_pos_emb[:, 0, 0]
-        return super().forward(hidden_states, angles_SR)
+        seq_len = len(hidden_states) * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        document_start_S = None
+        if packed_seq_params is not None:
+            document_start_S = document_starts(packed_seq_params, seq_len, hidden_states.device)
+        rotation = self._rotation(rotary_pos_emb, seq_len, document_start_S, hidden_states.device)
+        return super().forward(hidden_states, rotation, document_start_S)
+
+    def _rotation(
+        self,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None,
+        seq_len: int,
+        document_start_S: Tensor | None,
+        device: torch.device,
+    ) -> Rotation | None:
+        """The turn of each position, which restarts with each document."""
+        interleaved, factor = self.config.rotary_interleaved, 1.0
+        if self.rope is not None:
+            angles_SR = self.rope.angles(self.head_dim, seq_len, interleaved, device)
+            factor = self.rope.attention_factor
+        elif rotary_pos_emb is not None:
+            angles_SR = (rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb)[:, 0, 0]
+        else:
+            return None
+        if document_start_S is not None:
+            angles_SR = angles_SR[torch.arange(seq_len, device=device) - document_start_S]
+        return Rotation(angles_SR, interleaved, factor)
 
     @torch.no_grad()
     def draw_weights(self) -> None:
@@ -194,11 +230,10 @@ class GQASelfAttention(GroupedQueryAttention):
         query_heads = self.partition.query_heads(self.tp_rank)
         self.linear_proj.weight.copy_(proj.unflatten(1, (heads, -1))[:, query_heads].flatten(1))
 
-        qkv = torch.empty(
-            (heads + 2 * kv_heads) * self.head_dim, config.hidden_size, dtype=torch.float32, device=device
-        )
+        everything = megatron_layout(heads, kv_heads, self.output_gate)
+        qkv = torch.empty(len(everything) * self.head_dim, config.hidden_size, dtype=torch.float32, device=device)
         config.init_method(qkv)
-        mine = block_map(megatron_layout(heads, kv_heads), rank_layout(self.partition, self.tp_rank))
+        mine = block_map(everything, rank_layout(self.partition, self.tp_rank, self.output_gate))
         self.load_qkv(qkv.unflatten(0, (-1, self.head_dim))[mine].flatten(0, 1))
 
         for name, parameter in self.named_parameters():
@@ -210,8 +245,8 @@ class GQASelfAttention(GroupedQueryAttention):
         """Set the QKV projection from this rank's rows.
 
         Args:
-            weight: [(N + 2G) * H, D] in the order of ``rank_layout``.
-            bias: [(N + 2G) * H] or None.
+            weight: [(N + 2G) * H, D], with an output gate [(2N + 2G) * H, D], in the order of ``rank_layout``.
+            bias: as many, or None.
         """
         linears = [self.linear_q, self.linear_kv] if self.partition.replicates_kv else [self.linear_qkv]
         widths = [linear.weight.shape[0] for linear in linears]
@@ -228,17 +263,29 @@ class GQASelfAttention(GroupedQueryAttention):
         return sharded_heads(self, prefix, sharded_offsets, metadata)
 
 
-class Recomputed(nn.Module):
-    """Runs a module again in the backward pass instead of keeping what it computed."""
+class RecomputedCoreAttention(CoreAttention):
+    """Runs again in the backward pass instead of keeping what it computed."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor | None) -> Tensor:
         if not self.training:
-            return self.module(*inputs)
-        return tensor_parallel.checkpoint(self.module, False, *inputs)
+            return super().forward(*inputs)
+        return tensor_parallel.checkpoint(super().forward, False, *inputs)
+
+
+def document_starts(packed: PackedSeqParams, seq_len: int, device: torch.device) -> Tensor:
+    """Where the document of each of ``seq_len`` packed positions begins, [S] int64.
+
+    Raises:
+        UserError: the documents are not simply one after the other.
+    """
+    if packed.qkv_format != "thd" or packed.cu_seqlens_q is None or packed.cu_seqlens_q_padded is not None:
+        raise UserError(
+            f"packed_seq_params.qkv_format ({packed.qkv_format}) must be 'thd' with cu_seqlens_q and without padding: "
+            "documents stand one after the other in one row. Pack them without gaps."
+        )
+    bounds = packed.cu_seqlens_q.to(device=device, dtype=torch.int64)
+    document_S = torch.searchsorted(bounds, torch.arange(seq_len, device=device), right=True) - 1
+    return bounds[document_S]
 
 
 def _rank_rng() -> contextlib.AbstractContextManager:

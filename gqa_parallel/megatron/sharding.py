@@ -26,7 +26,7 @@ def sharded_heads(
     dp_group = (metadata or {}).get("dp_cp_group")
     dp_rank = dp_group.rank() if dp_group is not None else 0
     replica = tp_rank - partition.kv_replica_ranks(tp_rank).start
-    everything = megatron_layout(partition.num_heads, partition.num_kv_heads)
+    everything = megatron_layout(partition.num_heads, partition.num_kv_heads, layer.output_gate)
 
     def heads_of(key: str, data: Tensor, axis: int, indices: Sequence[int], total: int, copies: Sequence[int]):
         """A factory that cuts ``data`` along ``axis`` into heads: number ``indices[i]`` of ``total``."""
@@ -50,11 +50,11 @@ def sharded_heads(
         return ShardedTensorFactory(key, data, build, merge)
 
     state: dict[str, Any] = {}
-    blocks = rank_layout(partition, tp_rank)
+    blocks = rank_layout(partition, tp_rank, layer.output_gate)
     linears = {"linear_q": blocks[:-2], "linear_kv": blocks[-2:]} if partition.replicates_kv else {"linear_qkv": blocks}
     for linear, its_blocks in linears.items():
         indices = block_map(everything, its_blocks)
-        copies = [0 if kind == "q" else replica for kind, _ in its_blocks]
+        copies = [replica if kind in "kv" else 0 for kind, _ in its_blocks]
         for name, parameter in getattr(layer, linear).named_parameters():
             stored_key = f"{prefix}linear_qkv.{name}"
             state[f"{prefix}{linear}.{name}"] = heads_of(
@@ -69,6 +69,10 @@ def sharded_heads(
         partition.num_heads,
         [0] * len(query_heads),
     )
+    if layer.core_attention.softmax_offset is not None:
+        key = f"{prefix}core_attention.softmax_offset"
+        data = layer.core_attention.softmax_offset.data
+        state[key] = heads_of(key, data, 0, query_heads, partition.num_heads, [0] * len(query_heads))
     replicated = {
         name: parameter.data
         for name, parameter in layer.named_parameters()

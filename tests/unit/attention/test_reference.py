@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from gqa_parallel.attention.reference import DenseGroupedQueryAttention
+from gqa_parallel.attention.rotary import Rotation
 
 S, B, D, H = 7, 3, 20, 6
 
@@ -40,4 +41,4 @@ def test_equals_hugging_face(family, attention, kv_heads):
     )
     # Hugging Face's RMSNorm passes through float32
     tolerance = 1e-6 if has_norm else 1e-12
-    torch.testing.assert_close(ours(hidden, angles), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours(hidden, Rotation(angles)), expected.transpose(0, 1), rtol=tolerance, atol=tolerance)

@@ -32,9 +32,6 @@ def test_the_defaults_pass():
     "setting",
     [
         {"context_parallel_size": 2},
-        {"window_size": (128, 0)},
-        {"softmax_type": "learnable"},
-        {"attention_output_gate": True},
         {"qk_clip": True},
         {"no_rope_freq": [0, 1]},
         {"fp8": "e4m3"},
@@ -53,6 +50,13 @@ def test_settings_are_refused_by_name(setting):
     assert "Set " in str(error.value)
 
 
+def test_half_supported_settings_are_refused_with_a_way_out():
+    with pytest.raises(UserError, match=r"window_size \(\(7, 7\)\) must be \(keys before the query, 0\)"):
+        refuse(window_size=(7, 7))
+    with pytest.raises(UserError, match=r"softmax_type \('off-by-one'\) must be 'vanilla' or 'learnable'"):
+        refuse(softmax_type="off-by-one")
+
+
 def test_another_mask_is_refused():
     with pytest.raises(UserError, match=r"attn_mask_type \(AttnMaskType.padding\) must be AttnMaskType.causal"):
         refuse(mask=AttnMaskType.padding)
@@ -66,9 +70,9 @@ def test_a_norm_inside_the_projection_is_refused_where_kv_is_replicated():
 
 
 def test_arguments_are_refused_by_name():
-    refuse_unsupported_arguments(attention_mask=None, packed_seq_params=None)
+    refuse_unsupported_arguments(attention_mask=None, attention_bias=None)
     with pytest.raises(UserError) as error:
-        refuse_unsupported_arguments(packed_seq_params=None, attention_mask=torch.ones(1))
+        refuse_unsupported_arguments(attention_bias=None, attention_mask=torch.ones(1))
     assert str(error.value) == (
         "attention_mask (Tensor) must be None: GroupedQueryAttention does not support it; the mask is causal; "
         "build the dataset with create_attention_mask=False."
