@@ -5,10 +5,10 @@ from operator import attrgetter
 from typing import Any
 
 from gqa_parallel.conf.model_shape import head_dim
-from gqa_parallel.conf.schema import Config, Precision
+from gqa_parallel.conf.schema import Config, Normalization, Precision, RopeScalingType
 from gqa_parallel.data.blend import check_weights, split_shares
 from gqa_parallel.data.sampler import micro_batches_per_step
-from gqa_parallel.errors import UserError
+from gqa_parallel.errors import UserError, one_of
 from gqa_parallel.partition.heads import HeadPartition
 
 # what a value must be -> the test, and the keys that it holds for; null passes
@@ -24,7 +24,10 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "model.ffn_hidden_size",
             "model.vocab_size",
             "model.max_position_embeddings",
-            "model.rope_scaling_factor",
+            "model.rope_scaling.factor",
+            "model.rope_scaling.original_max_position_embeddings",
+            "model.window",
+            "model.global_every",
             "parallel.tp",
             "parallel.cp",
             "optim.decay_steps",
@@ -40,6 +43,11 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         (
             "model.norm_eps",
             "model.rope_theta",
+            "model.rope_fraction",
+            "model.local_rope_theta",
+            "model.softmax_scale",
+            "model.attention_softcap",
+            "model.logit_softcap",
             "model.init_std",
             "parallel.timeout_s",
             "optim.lr",
@@ -82,6 +90,7 @@ def check(config: Config, world_size: int, cuda: bool | None = None) -> None:
     _check_ranges(config)
     _check_ranks(config, world_size)
     _check_model(config)
+    _check_variants(config)
     _check_batch(config, world_size)
     _check_schedule(config)
     _check_precision(config, cuda)
@@ -106,11 +115,12 @@ def _check_ranks(config: Config, world_size: int) -> None:
     if world_size < 1 or world_size % (tp * cp):
         below = world_size - world_size % (tp * cp)
         counts = [count for count in (below, below + tp * cp) if count > 0]
-        sizes = [size for size in range(1, config.model.num_heads + 1) if world_size > 0 == world_size % size]
-        other_tp = f", or use parallel.tp={_one_of(sizes)}" if sizes else ""
+        ffn = config.model.ffn_hidden_size
+        sizes = [n for n in range(1, config.model.num_heads + 1) if world_size > 0 == world_size % n + ffn % n]
+        other_tp = f", or use parallel.tp={one_of(sizes)}" if sizes else ""
         raise UserError(
             f"world_size ({world_size}) must be a multiple of parallel.tp ({tp}) x parallel.cp ({cp}): the "
-            f"ranks form whole tensor-parallel groups. Start {_one_of(counts)} ranks{other_tp}."
+            f"ranks form whole tensor-parallel groups. Start {one_of(counts)} ranks{other_tp}."
         )
 
 
@@ -126,7 +136,7 @@ def _check_model(config: Config) -> None:
         sizes = [size for size in range(1, model.num_heads + 1) if model.ffn_hidden_size % size == 0]
         raise UserError(
             f"model.ffn_hidden_size ({model.ffn_hidden_size}) must be a multiple of parallel.tp ({tp}): the "
-            f"ranks hold equal slices of the MLP. Use parallel.tp={_one_of(sizes)}, "
+            f"ranks hold equal slices of the MLP. Use parallel.tp={one_of(sizes)}, "
             f"or model.ffn_hidden_size={_multiples(model.ffn_hidden_size, tp)}."
         )
     if seq_len > model.max_position_embeddings:
@@ -140,6 +150,39 @@ def _check_model(config: Config) -> None:
             f"train.seq_len ({seq_len}) must be a multiple of parallel.tp ({tp}) under sequence "
             "parallelism: the ranks hold equal parts of the sequence. Use "
             f"train.seq_len={_multiples(seq_len, tp)}, or parallel.sequence_parallel=false."
+        )
+
+
+def _check_variants(config: Config) -> None:
+    model, scaling = config.model, config.model.rope_scaling
+    for name in ("global_every", "local_rope_theta"):
+        if getattr(model, name) is not None and model.window is None:
+            raise UserError(
+                f"model.{name} ({getattr(model, name)}) must be null without model.window (null): it tells local "
+                f"layers from others. Set model.window, or model.{name}=null."
+            )
+    rotary_dim = int(model.rope_fraction * head_dim(model))
+    if model.rope_fraction > 1 or rotary_dim % 2 or not rotary_dim:
+        raise UserError(
+            f"model.rope_fraction ({model.rope_fraction}) must leave an even number of the components of "
+            f"model.head_dim ({head_dim(model)}), at most all: they turn in pairs. Use model.rope_fraction=1 or "
+            f"{max(2, rotary_dim - rotary_dim % 2) / head_dim(model):.4f}."
+        )
+    needs_length = (RopeScalingType.llama3, RopeScalingType.dynamic, RopeScalingType.yarn)
+    if scaling.type in needs_length and scaling.original_max_position_embeddings is None:
+        raise UserError(
+            f"model.rope_scaling.original_max_position_embeddings (null) must be set for model.rope_scaling.type "
+            f"({scaling.type.value}): it stretches from that length. Set it to the length first trained at."
+        )
+    if scaling.type is RopeScalingType.none and scaling.factor != 1:
+        raise UserError(
+            f"model.rope_scaling.factor ({scaling.factor}) must be 1 for model.rope_scaling.type (none): nothing would "
+            "read it. Set model.rope_scaling.type."
+        )
+    if model.zero_centered_norm and model.normalization is not Normalization.rmsnorm:
+        raise UserError(
+            f"model.normalization ({model.normalization.value}) must be rmsnorm with model.zero_centered_norm (true): "
+            "only RMSNorm has that form. Use model.zero_centered_norm=false."
         )
 
 
@@ -195,9 +238,4 @@ def _check_data(config: Config) -> None:
 def _multiples(value: int, of: int) -> str:
     """The multiples of ``of`` next to ``value``."""
     below = value - value % of
-    return _one_of([multiple for multiple in (below, below + of) if multiple])
-
-
-def _one_of(values: list[int]) -> str:
-    *head, last = map(str, values)
-    return f"{', '.join(head)} or {last}" if head else last
+    return one_of([multiple for multiple in (below, below + of) if multiple])

@@ -12,6 +12,7 @@ from omegaconf import MISSING
 
 class Activation(Enum):
     swiglu = "swiglu"
+    geglu = "geglu"  # gated, GELU by tanh
     gelu = "gelu"
 
 
@@ -40,6 +41,28 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
+class RopeScalingType(Enum):
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+    dynamic = "dynamic"
+    yarn = "yarn"
+
+
+@dataclass
+class RopeScalingConfig:
+    """Stretching rotary positions to longer contexts; what a type does not name, it does not read."""
+
+    type: RopeScalingType = RopeScalingType.none
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None  # llama3, dynamic, yarn: the length first trained at
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; null: from factor
+
+
 @dataclass
 class ModelConfig:
     """A decoder-only transformer with grouped-query attention."""
@@ -57,11 +80,25 @@ class ModelConfig:
     normalization: Normalization = Normalization.rmsnorm
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling_factor: float | None = None  # Llama 3.1's scaling of long wavelengths
+    rope_fraction: float = 1.0  # share of each head's components that turn
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     qkv_bias: bool = False
     linear_bias: bool = False  # biases of the output projection and the MLP (and of QKV)
     qk_norm: bool = False
     tie_embeddings: bool = False
+    window: int | None = None  # keys that a query of a local layer sees, itself included; null: no local layers
+    global_every: int | None = None  # every so many-th layer has no window; null: all layers have it
+    local_rope_theta: float | None = None  # of local layers, unscaled; null: as the others
+    softmax_scale: float | None = None  # null: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # largest attention score, approached by tanh
+    logit_softcap: float | None = None  # largest logit, approached by tanh
+    sinks: bool = False  # a learned logit per query head that takes attention from all keys
+    output_gate: bool = False  # each head's output times the sigmoid of a projection of its own
+    post_norms: bool = False  # norms also on the outputs of attention and MLP
+    zero_centered_norm: bool = False  # RMSNorm multiplies by 1 + weight
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of the outputs of attention and MLP
+    logit_multiplier: float = 1.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_std: float = 0.02
@@ -102,6 +139,7 @@ class DataConfig:
     paths: list[str] = field(default_factory=list)  # prefixes; empty: the source of the Python standard library
     weights: list[float] | None = None  # one per path; null: by size
     split: str = "95,5,0"  # train, validation, test
+    isolate_documents: bool = False  # no attention across documents of a sequence; positions restart
     tokenizer: str = "byte"  # byte, or a folder / tokenizer.json of Hugging Face
     cache_dir: str | None = None  # null: ~/.cache/gqa_parallel
     num_workers: int = 0  # loader processes per rank

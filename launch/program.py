@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import hydra
@@ -15,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gqa_parallel.errors import UserError
-from gqa_parallel.training.world import World
 
 USER_ERROR_EXIT_CODE = 2
+# of Hydra's messages; the last one advises what check_keys refuses
+HYDRA_NOISE = ("object_type=", "reference_type=", "To append to your config use +")
 C = TypeVar("C")
 
 
@@ -32,7 +34,7 @@ def program(
         distributed: torchrun starts it on several ranks; it then shows the traceback of the rank that failed first.
 
     A ``UserError``, or a configuration that Hydra cannot compose, ends the program with exit code 2 and its
-    message, without a traceback; of the ranks of a node only the first prints it.
+    message, without a traceback; of the ranks of a node only the first to fail prints it.
     """
 
     def decorate(task: Callable[[C], None]) -> Callable[[], None]:
@@ -67,20 +69,34 @@ def program(
 
 def end_with(error: Exception) -> None:
     """Print the message of a user's mistake and exit with code 2."""
-    if World.from_environment().local_rank == 0:
+    if _first_of_node():
         print(f"\nerror: {_message(error)}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR_EXIT_CODE)
 
 
+def _first_of_node() -> bool:
+    """Whether no rank of this node has failed before this one: torchrun ends the others, whichever they are."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/LOCAL_RANK/error.json
+    if not error_file:
+        return True
+    try:
+        Path(error_file).parents[1].joinpath("user_error").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # rather twice than never
+        pass
+    return True
+
+
 def _message(error: Exception) -> str:
-    """The exception's own sentence, and its cause's where Hydra wraps one, without the lines that place it in code."""
+    """A user error's own sentence; Hydra's with its cause, without the lines that place it in code."""
+    if isinstance(error, UserError):
+        return str(error)
     texts = [str(error)]
     if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
         texts.append(str(error.__cause__))
-    lines = [line for text in texts for line in text.splitlines()]
-    return "\n  ".join(
-        line for line in lines if line.strip() and "object_type=" not in line and "reference_type=" not in line
-    )
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    return "\n  ".join(line for line in lines if line and not line.startswith(HYDRA_NOISE))
 
 
 def check_keys(cfg: DictConfig, schema: type) -> None:

@@ -126,7 +126,8 @@ FAULTS = [
         "all scores kept for the backward pass",
         "attention/blocked.py",
         "            checkpoint(\n                _one_block,",
-        "            (lambda block, *args, use_reentrant, preserve_rng_state: block(*args))(\n                _one_block,",
+        "            (lambda block, *args, use_reentrant, preserve_rng_state: block(*args))(\n"
+        "                _one_block,",
         ("tests/unit/attention/test_backends.py",),
     ),
     Fault(

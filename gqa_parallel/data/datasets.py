@@ -164,7 +164,7 @@ def _way_out(name: str, tokens: int) -> str:
     shorter = f"Use train.seq_len={tokens - 1} or less, " if tokens > 1 else "Use "
     if name == "training":
         return f"{shorter}more text, or a larger share in data.split."
-    return f"{shorter}more documents, or \"data.split='100,0,0'\" to train without it."
+    return f"{shorter}more documents, or \"data.split='100,0,0'\" train.eval_batches=0 to train without it."
 
 
 def _hash(identity: object) -> str:

@@ -19,6 +19,9 @@ Spec = TypeVar("Spec", ModuleSpec, TransformerBlockSubmodules)
 def with_gqa(spec: Spec) -> Spec:
     """The same layer or block, with its self-attention replaced.
 
+    Train it with ``deepspeed_engine``. Megatron's own ``finalize_model_grads`` sums what it knows, QK-norms and what
+    sequence parallelism shares, but not replicated KV heads: with it, keep tensor parallelism at or below their number.
+
     Args:
         spec: a layer's ``ModuleSpec`` (local or Transformer Engine), a ``TransformerBlockSubmodules``, or a
             ``ModuleSpec`` of a block. It is not changed.

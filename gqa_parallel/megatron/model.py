@@ -1,11 +1,59 @@
 """Megatron-Core's ``GPTModel`` with grouped-query attention."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
+from gqa_parallel.errors import UserError
 from gqa_parallel.megatron.layer_spec import gqa_block_spec
+from gqa_parallel.megatron.variant import GPTVariant, with_variant
+
+
+class GQAModel(GPTModel):
+    """A ``GPTModel`` of any vocabulary, with a ``GPTVariant``.
+
+    Args:
+        vocab_size: tokens. The embedding has as many rows, or the next multiple of the tensor-parallel size; a padding
+            row is never predicted, so it changes no loss.
+        variant: departures from the pre-norm transformer.
+        The others are ``GPTModel``'s.
+    """
+
+    def __init__(self, config: TransformerConfig, *, vocab_size: int, variant: GPTVariant, **kwargs: Any) -> None:
+        tp_size = config.tensor_model_parallel_size
+        super().__init__(
+            config=config,
+            transformer_layer_spec=with_variant(gqa_block_spec(config), variant),
+            vocab_size=-(-vocab_size // tp_size) * tp_size,
+            **kwargs,
+        )
+        self.unpadded_vocab_size = vocab_size
+        self.variant = variant
+        # forward hooks, so that ``GPTModel.forward`` stays Megatron's
+        if variant.embedding_multiplier != 1:
+            self.embedding.register_forward_hook(self._scale_embeddings)
+        self.output_layer.register_forward_hook(self._finish_logits)
+
+    def _scale_embeddings(self, embedding: nn.Module, _inputs: Any, embeddings: Tensor) -> Tensor:
+        multiplier = torch.tensor(self.variant.embedding_multiplier, dtype=embedding.word_embeddings.weight.dtype)
+        return embeddings * multiplier.item()
+
+    def _finish_logits(self, _layer: nn.Module, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """Scale and cap this rank's logits, [S, B, V / T] or gathered, and rule out the padding."""
+        logits, bias = output
+        if self.variant.logit_multiplier != 1:
+            logits = logits * self.variant.logit_multiplier
+        if self.variant.logit_softcap is not None:
+            logits = torch.tanh(logits / self.variant.logit_softcap) * self.variant.logit_softcap
+        if self.unpadded_vocab_size < self.vocab_size:
+            gathered = logits.shape[-1] == self.vocab_size
+            first = 0 if gathered else self.pg_collection.tp.rank() * logits.shape[-1]
+            tokens = torch.arange(first, first + logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(tokens >= self.unpadded_vocab_size, -torch.inf)
+        return logits, bias
 
 
 def build_gpt(
@@ -14,32 +62,47 @@ def build_gpt(
     vocab_size: int,
     max_sequence_length: int,
     tie_embeddings: bool,
-    rope_theta: float,
+    rope_theta: float | None = None,
     rope_scaling_factor: float | None = None,
-) -> GPTModel:
+    variant: GPTVariant | None = None,
+) -> GQAModel:
     """A decoder-only model on this rank's device; ``parallel_state`` and the random seeds are set.
 
     Args:
         config: sizes and parallelism.
-        vocab_size: rows of the embedding, a multiple of the tensor-parallel size.
+        vocab_size: tokens, padding included if it shall be trained.
         max_sequence_length: longest sequence, in tokens.
         tie_embeddings: the output projection is the embedding.
-        rope_theta: base of the rotary wavelengths.
-        rope_scaling_factor: Llama 3.1's stretching of long wavelengths; None: off.
+        rope_theta: base of the rotary wavelengths; None where ``config.rope`` says it.
+        rope_scaling_factor: Llama 3.1's stretching of long wavelengths; None: off, or ``config.rope`` says it.
+        variant: departures from the pre-norm transformer; None: none.
     Returns:
         The model; called with token ids, positions, None and labels, each [B, S], it gives the loss of every token,
         [B, S], in nats.
+    Raises:
+        UserError: rotary positions are set twice, or not at all.
     """
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=gqa_block_spec(config),
+    layers_rotate = getattr(config, "rope", None) is not None
+    if layers_rotate == (rope_theta is not None):
+        raise UserError(
+            f"rope_theta ({rope_theta}) must be None exactly where config.rope ({getattr(config, 'rope', None)}) is "
+            "set: one of them rotates queries and keys. Set one."
+        )
+    positions: dict[str, Any] = {"position_embedding_type": "none"}
+    if not layers_rotate:
+        positions = {
+            "position_embedding_type": "rope",
+            "rotary_base": rope_theta,
+            "rope_scaling": rope_scaling_factor is not None,
+            "rope_scaling_factor": rope_scaling_factor or 1.0,
+        }
+    model = GQAModel(
+        config,
         vocab_size=vocab_size,
+        variant=variant or GPTVariant(),
         max_sequence_length=max_sequence_length,
         share_embeddings_and_output_weights=tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=rope_theta,
-        rope_scaling=rope_scaling_factor is not None,
-        rope_scaling_factor=rope_scaling_factor or 1.0,
+        **positions,
     )
     return model.to(torch.cuda.current_device())
 

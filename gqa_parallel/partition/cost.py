@@ -33,6 +33,11 @@ class ModelShape:
         qk_norm: a norm over ``head_dim`` on queries and on keys.
         layernorm_bias: norms have a bias (LayerNorm); RMSNorm has none.
         tie_embeddings: the output layer is the embedding.
+        output_gate: a gate per query head, projected like the queries.
+        sinks: a learned logit per query head.
+        post_norms: norms also on the outputs of attention and MLP.
+        window: keys that a query of a local layer sees; None: there are no local layers.
+        global_every: every so many-th layer sees all keys; None: with a window, none does.
     """
 
     num_layers: int
@@ -48,6 +53,18 @@ class ModelShape:
     qk_norm: bool = False
     layernorm_bias: bool = False
     tie_embeddings: bool = False
+    output_gate: bool = False
+    sinks: bool = False
+    post_norms: bool = False
+    window: int | None = None
+    global_every: int | None = None
+
+    @property
+    def num_local_layers(self) -> int:
+        """Layers with a window."""
+        if self.window is None:
+            return 0
+        return self.num_layers - (self.num_layers // self.global_every if self.global_every else 0)
 
     def partition(self, tp_size: int = 1) -> HeadPartition:
         """The heads of each of ``tp_size`` ranks."""
@@ -78,7 +95,7 @@ class ParameterCounts:
     """Parameters of a model, or of one rank, by part."""
 
     embedding: int
-    attention: int  # QKV and output projections
+    attention: int  # QKV and output projections, sinks
     mlp: int
     norms: int  # QK-norm and the final norm included
     output: int  # 0 where tied to the embedding
@@ -98,18 +115,19 @@ def parameter_counts(shape: ModelShape, partition: HeadPartition | None = None, 
     """
     partition = partition or shape.partition()
     hidden, tp_size = shape.hidden_size, partition.tp_size
-    q_width = len(partition.query_heads(rank)) * shape.head_dim
-    qkv_width = q_width + 2 * len(partition.kv_heads(rank)) * shape.head_dim
+    query_heads = len(partition.query_heads(rank))
+    q_width = query_heads * shape.head_dim
+    qkv_width = (2 if shape.output_gate else 1) * q_width + 2 * len(partition.kv_heads(rank)) * shape.head_dim
     ffn_width = shape.ffn_hidden_size // tp_size
 
-    attention = qkv_width * hidden + hidden * q_width
+    attention = qkv_width * hidden + hidden * q_width + (query_heads if shape.sinks else 0)
     mlp = shape.mlp_inputs * ffn_width * hidden + hidden * ffn_width
     if shape.qkv_bias or shape.linear_bias:
         attention += qkv_width
     if shape.linear_bias:  # a row-parallel layer adds its bias after the sum, so each rank holds it whole
         attention += hidden
         mlp += shape.mlp_inputs * ffn_width + hidden
-    norm_channels = 2 * hidden + (2 * shape.head_dim if shape.qk_norm else 0)
+    norm_channels = (4 if shape.post_norms else 2) * hidden + (2 * shape.head_dim if shape.qk_norm else 0)
     embedding = shape.vocab_size // tp_size * hidden
     return ParameterCounts(
         embedding=embedding,
@@ -128,11 +146,12 @@ def fullest_rank(shape: ModelShape, partition: HeadPartition) -> int:
 def model_flops_per_token(shape: ModelShape, seq_len: int) -> int:
     """FLOPs that training one token needs, for TFLOP/s and MFU (arXiv:2204.02311, appendix B).
 
-    ``3 * (2 * weights + 2 * seq_len * num_heads * head_dim * num_layers)``: a forward, and a backward of
-    twice its size. ``weights`` are those of matrices that the token is multiplied with: no embedding lookup,
-    no biases, no norms. ``QK^T`` and ``AV`` take ``2 * seq_len * num_heads * head_dim`` each over all keys; a
-    token of a causal model sees half of them on average, and only that half is counted (appendix B counts
-    all). Recomputation is not counted. The number of KV heads changes the weights, not the scores.
+    ``3 * (2 * weights + 4 * keys * num_heads * head_dim * num_layers)``: a forward, and a backward of twice its
+    size. ``weights`` are those of matrices that the token is multiplied with: no embedding lookup, no biases, no
+    norms. ``QK^T`` and ``AV`` take ``2 * keys * num_heads * head_dim`` each, for the keys that a token sees on
+    average: half the sequence (appendix B counts all of it), in layers with a window ``w`` only
+    ``w * (1 - w / (2 * seq_len))``. Recomputation is not counted. The number of KV heads changes the weights, not the
+    scores.
 
     Args:
         shape: the model.
@@ -143,11 +162,16 @@ def model_flops_per_token(shape: ModelShape, seq_len: int) -> int:
     """
     q_width = shape.num_heads * shape.head_dim
     kv_width = shape.num_kv_heads * shape.head_dim
-    attention_weights = shape.hidden_size * (2 * q_width + 2 * kv_width)
+    attention_weights = shape.hidden_size * ((3 if shape.output_gate else 2) * q_width + 2 * kv_width)
     mlp_weights = (shape.mlp_inputs + 1) * shape.hidden_size * shape.ffn_hidden_size
     weights = shape.num_layers * (attention_weights + mlp_weights) + shape.hidden_size * shape.vocab_size
-    scores_over_all_keys = 2 * seq_len * q_width * shape.num_layers  # QK^T and AV, in multiply-adds
-    return BACKWARD_AND_FORWARD * (FLOPS_PER_MULTIPLY_ADD * weights + scores_over_all_keys)
+    # twice the mean number of keys, so that it stays whole
+    keys = seq_len * (shape.num_layers - shape.num_local_layers)
+    if shape.num_local_layers:
+        window = min(shape.window, seq_len)
+        keys += round(shape.num_local_layers * (2 * window - window * window / seq_len))
+    scores = keys * q_width  # QK^T and AV, in multiply-adds
+    return BACKWARD_AND_FORWARD * FLOPS_PER_MULTIPLY_ADD * (weights + scores)
 
 
 def kv_cache_bytes_per_token(

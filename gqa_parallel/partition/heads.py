@@ -13,7 +13,7 @@ rank the query heads divide evenly over the KV heads.
 
 from dataclasses import dataclass
 
-from gqa_parallel.errors import UserError
+from gqa_parallel.errors import UserError, one_of
 
 
 def even_split(total: int, parts: int, index: int) -> range:
@@ -52,7 +52,7 @@ class HeadPartition:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise UserError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}): "
-                f"the query heads of a group share one KV head. Use num_kv_heads {_one_of(divisors)}."
+                f"the query heads of a group share one KV head. Use num_kv_heads {one_of(divisors)}."
             )
         if self.tp_size > self.num_heads:
             raise UserError(
@@ -107,8 +107,3 @@ class HeadPartition:
     def _check(self, rank: int) -> None:
         if not 0 <= rank < self.tp_size:
             raise IndexError(f"rank ({rank}) must be in 0..{self.tp_size - 1}, the ranks of tp ({self.tp_size}).")
-
-
-def _one_of(values: list[int]) -> str:
-    *head, last = map(str, values)
-    return f"{', '.join(head)} or {last}" if head else last

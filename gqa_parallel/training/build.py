@@ -1,19 +1,37 @@
 """From the typed configuration to the objects that train: Megatron config, model, optimizer, schedule, engine."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.nn import functional as F
 
+from gqa_parallel.attention.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    Scaling,
+    YarnScaling,
+)
 from gqa_parallel.conf.model_shape import head_dim
-from gqa_parallel.conf.schema import Activation, Config, Normalization, Precision, Recompute
+from gqa_parallel.conf.schema import (
+    Activation,
+    Config,
+    Normalization,
+    Precision,
+    Recompute,
+    RopeScalingConfig,
+    RopeScalingType,
+)
 from gqa_parallel.data.sampler import micro_batches_per_step
 from gqa_parallel.deepspeed.config import deepspeed_config
 from gqa_parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
 from gqa_parallel.megatron.config import GQATransformerConfig
 from gqa_parallel.megatron.model import build_gpt, weight_decay_groups
+from gqa_parallel.megatron.variant import GPTVariant
 from gqa_parallel.partition.cost import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +64,13 @@ def transformer_config(config: Config) -> GQATransformerConfig:
             "recompute_num_layers": 1,
         },
     }
+    activations = {
+        Activation.swiglu: F.silu,
+        Activation.geglu: partial(F.gelu, approximate="tanh"),
+        Activation.gelu: F.gelu,
+    }
+    rope = Rope(model.rope_theta, model.rope_fraction, _scaling(model.rope_scaling))
+    local_theta = model.local_rope_theta
     return GQATransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -53,8 +78,17 @@ def transformer_config(config: Config) -> GQATransformerConfig:
         num_query_groups=model.num_kv_heads,
         kv_channels=head_dim(model),
         ffn_hidden_size=model.ffn_hidden_size,
-        gated_linear_unit=model.activation is Activation.swiglu,
-        activation_func=F.silu if model.activation is Activation.swiglu else F.gelu,
+        gated_linear_unit=model.activation is not Activation.gelu,
+        activation_func=activations[model.activation],
+        rope=rope,
+        local_rope=None if local_theta is None else Rope(local_theta, model.rope_fraction),
+        window_size=None if model.window is None else (model.window - 1, 0),
+        window_attn_skip_freq=model.global_every,
+        softmax_scale=model.softmax_scale,
+        softmax_type="learnable" if model.sinks else "vanilla",
+        attention_softcap=model.attention_softcap,
+        attention_output_gate=model.output_gate,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
         normalization="RMSNorm" if model.normalization is Normalization.rmsnorm else "LayerNorm",
         layernorm_epsilon=model.norm_eps,
         add_qkv_bias=model.qkv_bias,
@@ -72,6 +106,23 @@ def transformer_config(config: Config) -> GQATransformerConfig:
     )
 
 
+def _scaling(config: RopeScalingConfig) -> Scaling | None:
+    length = config.original_max_position_embeddings
+    match config.type:
+        case RopeScalingType.none:
+            return None
+        case RopeScalingType.linear:
+            return LinearScaling(config.factor)
+        case RopeScalingType.llama3:
+            return Llama3Scaling(config.factor, config.low_freq_factor, config.high_freq_factor, length)
+        case RopeScalingType.dynamic:
+            return DynamicScaling(config.factor, length)
+        case RopeScalingType.yarn:
+            return YarnScaling(
+                config.factor, length, config.beta_fast, config.beta_slow, attention_factor=config.attention_factor
+            )
+
+
 def build_trainee(config: Config, vocab_size: int) -> Trainee:
     """Model, AdamW, warm-up and cosine decay, and the DeepSpeed engine around them.
 
@@ -85,8 +136,13 @@ def build_trainee(config: Config, vocab_size: int) -> Trainee:
         vocab_size=padded_vocab_size(vocab_size, config.parallel.tp),
         max_sequence_length=config.train.seq_len,
         tie_embeddings=config.model.tie_embeddings,
-        rope_theta=config.model.rope_theta,
-        rope_scaling_factor=config.model.rope_scaling_factor,
+        variant=GPTVariant(
+            embedding_multiplier=config.model.embedding_multiplier,
+            post_norms=config.model.post_norms,
+            residual_multiplier=config.model.residual_multiplier,
+            logit_multiplier=config.model.logit_multiplier,
+            logit_softcap=config.model.logit_softcap,
+        ),
     )
     optimizer = torch.optim.AdamW(
         weight_decay_groups(model),
@@ -109,6 +165,9 @@ def build_trainee(config: Config, vocab_size: int) -> Trainee:
         end_wd=optim.weight_decay,
         wd_incr_steps=decay_steps,
         wd_incr_style="constant",
+        # a resumed run keeps its place in the schedule, but follows the schedule that is configured now
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     engine = deepspeed_engine(
         model,

@@ -7,6 +7,8 @@ one: it changes only when every rank has written its part.
 
 import json
 import os
+import shutil
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from gqa_parallel.errors import UserError
 from gqa_parallel.training.build import Trainee
+from gqa_parallel.training.distributed import from_rank_0
 
 DESCRIPTION = "checkpoint.json"
 LATEST = "latest"
@@ -28,16 +31,16 @@ class Description:
 
     Attributes:
         step: optimizer steps done.
-        consumed_samples: sequences read, over all ranks.
-        model: what decides the shapes of the weights.
+        model: what the weights mean.
+        data: what the next samples follow from.
         layout: how weights and optimizer are spread over ranks.
         wandb_run_id: the run's, if it is tracked.
         best_val_loss: lowest validation loss so far, nats per token.
     """
 
     step: int
-    consumed_samples: int
     model: dict[str, Any]
+    data: dict[str, Any]
     layout: dict[str, Any]
     wandb_run_id: str | None = None
     best_val_loss: float | None = None
@@ -97,20 +100,25 @@ def describe(folder: Path) -> Description:
         ) from error
 
 
-def check_matches(folder: Path, found: Description, model: dict[str, Any], layout: dict[str, Any]) -> None:
+def check_matches(folder: Path, found: Description, identity: dict[str, dict[str, Any]]) -> None:
     """
+    Args:
+        folder: the checkpoint's.
+        found: what it is of.
+        identity: ``model``, ``data`` and ``layout`` of this run.
     Raises:
-        UserError: the checkpoint is of another model, or of another layout; names what differs.
+        UserError: the checkpoint is of another model, data or layout; names what differs.
     """
-    for what, theirs, ours in (("model", found.model, model), ("layout", found.layout, layout)):
+    for what, ours in identity.items():
+        theirs = getattr(found, what)
         differing = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
         if differing:
             pairs = ", ".join(f"{key} {theirs.get(key)} there and {ours.get(key)} here" for key in differing)
-            way_out = (
-                "Use the configuration that it was trained with, or another run_dir."
-                if what == "model"
-                else "Resume with the layout that it was saved in."
-            )
+            way_out = {
+                "model": "Use the configuration that it was trained with, or another run_dir.",
+                "data": "Go on with the data that it was reading, or start anew in another run_dir.",
+                "layout": "Resume with the layout that it was saved in.",
+            }[what]
             raise UserError(f"the checkpoint {folder} must be of this {what}: it has {pairs}. {way_out}")
 
 
@@ -121,16 +129,22 @@ def save(run_dir: Path, trainee: Trainee, description: Description) -> Path:
         The folder. Until all ranks have written theirs, ``latest`` names the one before.
     """
     checkpoints = run_dir / "checkpoints"
-    name = f"step-{description.step:08d}"
+    folder = checkpoints / f"step-{description.step:08d}"
+    part = folder.with_suffix(".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+    dist.barrier()
     trainee.engine.save_checkpoint(
-        str(checkpoints), tag=name, client_state={"schedule": trainee.schedule.state_dict()}, save_latest=False
+        str(checkpoints), tag=part.name, client_state={"schedule": trainee.schedule.state_dict()}, save_latest=False
     )
-    folder = checkpoints / name
-    torch.save(_random_states(), _random_states_path(folder))
+    torch.save(_random_states(), _random_states_path(part))
     dist.barrier()
     if dist.get_rank() == 0:
-        _write(folder / DESCRIPTION, json.dumps(asdict(description), indent=2) + "\n")
-        _write(checkpoints / LATEST, name + "\n")
+        _write(part / DESCRIPTION, json.dumps(asdict(description), indent=2) + "\n")
+        if folder.exists():  # a run that was resumed from before it
+            shutil.rmtree(folder)
+        part.rename(folder)
+        _write(checkpoints / LATEST, folder.name + "\n")
     dist.barrier()
     return folder
 
@@ -139,8 +153,9 @@ def load(folder: Path, trainee: Trainee) -> None:
     """Restore weights, optimizer, schedule and random states; on every rank.
 
     Raises:
-        UserError: a file of this rank is missing or cannot be read.
+        UserError: a file is missing or cannot be read.
     """
+    _check_none_cut_short(folder)
     try:
         loaded, client_state = trainee.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         trainee.schedule.load_state_dict(client_state["schedule"])
@@ -152,6 +167,16 @@ def load(folder: Path, trainee: Trainee) -> None:
         ) from error
     if loaded is None:
         raise UserError(f"the checkpoint {folder} must hold a model: DeepSpeed found none. Use resume=none.")
+
+
+def _check_none_cut_short(folder: Path) -> None:
+    """A rank that failed alone while loading would leave the others in the middle of a collective."""
+    cut_short = from_rank_0([path.name for path in sorted(folder.glob("*.pt")) if not zipfile.is_zipfile(path)])
+    if cut_short:
+        raise UserError(
+            f"the checkpoint {folder} must be whole: {', '.join(cut_short)} cannot be read. "
+            "Write the name of another step folder into checkpoints/latest, or use resume=none."
+        )
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from gqa_parallel.training.build import Trainee
 from gqa_parallel.training.distributed import mean_over_ranks
 from gqa_parallel.training.metrics import Throughput, loss_metrics, peak_memory_gib
 from gqa_parallel.training.observers import Observers
+from gqa_parallel.training.packing import packed_documents
 from gqa_parallel.training.signals import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -49,12 +50,13 @@ class Loop:
         train_batches: this rank's micro-batches from the resumed step on.
         validation: this rank's micro-batches of one evaluation, the same each time; None: no validation data.
         micro_batches: forward passes per optimizer step.
+        eod: the token that ends a document.
         byte_level: the tokens are bytes: losses are also given as bits per byte, else as perplexity.
         throughput: turns steps into rates.
         observers: who is told; on rank 0, others tell nobody.
         stop: asked to stop by a signal.
         run_dir: where checkpoints go.
-        identity: ``model`` and ``layout`` of the checkpoints' description.
+        identity: ``model``, ``data`` and ``layout`` of the checkpoints' description.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class Loop:
     train_batches: DataLoader
     validation: DataLoader | None
     micro_batches: int
+    eod: int
     byte_level: bool
     throughput: Throughput
     observers: Observers
@@ -116,11 +119,15 @@ class Loop:
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of the micro-batch, nats per token."""
         device = self.trainee.engine.device
+        packed = None
+        if self.config.data.isolate_documents:
+            packed = packed_documents(batch["tokens"], self.eod)
+            batch = {key: value.flatten()[None] for key, value in batch.items()}
         tokens, labels, mask, positions = (
             batch[key].to(device, non_blocking=True) for key in ("tokens", "labels", "loss_mask", "position_ids")
         )
-        losses_BS = self.trainee.engine(tokens, positions, None, labels=labels)
-        return (losses_BS.float() * mask).sum() / mask.sum()
+        losses = self.trainee.engine(tokens, positions, None, labels=labels, packed_seq_params=packed)
+        return (losses.float() * mask).sum() / mask.sum()
 
     def _report_step(self, progress: Progress) -> None:
         train, norm = self.config.train, self.trainee.engine.get_global_grad_norm()
@@ -165,7 +172,6 @@ class Loop:
                 self.trainee,
                 checkpoint.Description(
                     step=progress.step,
-                    consumed_samples=progress.step * self.config.train.global_batch_size,
                     wandb_run_id=self.observers.wandb_run_id,
                     best_val_loss=progress.best_val_loss,
                     **self.identity,

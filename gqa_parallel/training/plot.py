@@ -59,7 +59,7 @@ def plot_loss(run_dir: Path) -> Path | None:
         xs, ys = _series(rows, name)
         axis.set_ylabel(label, color=color)
         axis.spines["top"].set_visible(False)
-        if not xs:  # stage 0 in fp32 has no gradient norm
+        if not xs:  # stage 0 without clipping has no gradient norm
             axis.set_yticks([])
             continue
         axis.plot(xs, ys, color=color, linewidth=0.9, marker="." if len(xs) == 1 else None)

@@ -14,7 +14,8 @@ from rich.text import Text
 
 WIDTH = 100  # columns
 
-# Metric: how it reads, in the order of the line. Where a line is too long, LEAST_FIRST says what is left out.
+# Metric: how it reads, in the order of the line; as wide at every step, so that lines stand in columns.
+# Where a line is too long, LEAST_FIRST says what is left out.
 READABLE: dict[str, Callable[[float], str]] = {
     "train/loss": lambda x: f"loss {x:.3f}",
     "train/bits_per_byte": lambda x: f"bpb {x:.3f}",
@@ -23,13 +24,13 @@ READABLE: dict[str, Callable[[float], str]] = {
     "val/bits_per_byte": lambda x: f"val bpb {x:.4f}",
     "val/perplexity": lambda x: f"val ppl {x:.4g}",
     "train/lr": lambda x: f"lr {x:.1e}",
-    "train/grad_norm": lambda x: f"|g| {x:.3g}",
-    "perf/tokens_per_s": lambda x: f"{si(x)} tok/s",
-    "perf/tflops": lambda x: f"{x:.3g} TFLOP/s",
-    "perf/mfu": lambda x: f"{x:.0%} MFU",
+    "train/grad_norm": lambda x: f"|g| {x:<5.3g}",
+    "perf/tokens_per_s": lambda x: f"{si(x):>5} tok/s",
+    "perf/tflops": lambda x: f"{si(x * 1e12):>5} FLOP/s",
+    "perf/mfu": lambda x: f"{x:>3.0%} MFU",
     "mem/peak_gib": lambda x: f"{x:.1f} GiB",
 }
-LEAST_FIRST = ("mem/peak_gib", "train/lr", "perf/tflops", "train/grad_norm")
+LEAST_FIRST = ("perf/tflops", "mem/peak_gib", "train/lr", "train/grad_norm")
 
 
 def si(value: float) -> str:
@@ -65,17 +66,14 @@ def status_line(metrics: Mapping[str, float], eta_s: float = math.nan, head: str
     parts = {name: text(metrics[name]) for name, text in READABLE.items() if name in metrics}
     tail = [f"eta {duration(eta_s)}"] if math.isfinite(eta_s) else []
 
-    def joined(separator: str) -> str:
-        return separator.join(filter(None, [head, *parts.values(), *tail]))
+    def joined() -> str:
+        return "  ".join(filter(None, [head, *parts.values(), *tail])).rstrip()
 
-    for separator in ("  ", " "):
-        if len(joined(separator)) <= width:
-            return joined(separator)
     for name in LEAST_FIRST:
-        parts.pop(name, None)
-        if len(joined(" ")) <= width:
+        if len(joined()) <= width:
             break
-    return joined(" ")[:width]
+        parts.pop(name, None)
+    return joined()[:width]
 
 
 class ProgressDisplay:
@@ -174,7 +172,7 @@ class RunSummary:
         last_val_loss: validation loss at the end, nats per token.
         readable: turns a loss into bits per byte or perplexity, e.g. ``metrics.bits_per_byte``.
         readable_name: what ``readable`` gives.
-        tokens_per_s: mean of this launch, all devices.
+        tokens_per_s: mean of this launch, all devices; NaN where it had no step to do.
         peak_memory_gib: of one rank, GiB.
         files: what a reader looks for, by name: checkpoint, metrics, plot, W&B run.
     """
@@ -210,7 +208,7 @@ def summary_table(summary: RunSummary) -> Table:
         "final train loss": loss(summary.train_loss),
         "best validation loss": loss(summary.best_val_loss),
         "last validation loss": loss(summary.last_val_loss),
-        "tokens/s (mean)": si(summary.tokens_per_s),
+        "tokens/s (mean)": si(summary.tokens_per_s) if math.isfinite(summary.tokens_per_s) else "not measured",
         "peak memory": f"{summary.peak_memory_gib:.2f} GiB per rank",
     }.items():
         table.add_row(name, Text(value))

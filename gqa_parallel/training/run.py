@@ -4,7 +4,6 @@ import contextlib
 import logging
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def run(config: Config) -> None:
         run_dir = resolve_run_dir(config.run_dir, config.model.name, from_rank_0)
         stack.enter_context(logging_to(run_dir, world.rank, config.debug.log_level))
         agree({**_flat(resolved), "the corpus": datasets.fingerprint})
-        identity = _identity(config, shape)
+        identity = _identity(config, resolved, vocab_size)
         resumed_from, description = _resumed(config, run_dir, identity)
         if world.rank == 0:
             write_hydra_record(run_dir, resolved, [a for a in sys.argv[1:] if not a.startswith("--")])
@@ -91,6 +90,7 @@ def run(config: Config) -> None:
             ),
             validation=validation,
             micro_batches=sampler.micro_batches,
+            eod=tokenizer.eod,
             byte_level=tokenizer.is_byte_level,
             throughput=throughput,
             observers=observers,
@@ -139,12 +139,19 @@ def _datasets(config: Config, tokenizer: Tokenizer, vocab_size: int) -> Datasets
     )
 
 
-def _identity(config: Config, shape: ModelShape) -> dict[str, Any]:
+def _identity(config: Config, resolved: dict[str, Any], vocab_size: int) -> dict[str, dict[str, Any]]:
+    """What a checkpoint must share with the run that resumes it."""
+    meaningless = ("name", "attention_dropout", "hidden_dropout", "init_std", "max_position_embeddings")
+    model = {key: value for key, value in _flat(resolved["model"]).items() if key not in meaningless}
     return {
-        "model": {
-            **asdict(shape),
-            "rope_theta": config.model.rope_theta,
-            "normalization": config.model.normalization.value,
+        "model": {**model, "vocab_size": vocab_size},
+        "data": {
+            "seed": config.train.seed,
+            "seq_len": config.train.seq_len,
+            "global_batch_size": config.train.global_batch_size,
+            "tokenizer": config.data.tokenizer,
+            "paths": config.data.paths,
+            "split": config.data.split,
         },
         "layout": {
             "tp": config.parallel.tp,
@@ -163,7 +170,7 @@ def _resumed(
     if folder is None:
         return None, None
     description = checkpoint.describe(folder)
-    checkpoint.check_matches(folder, description, **identity)
+    checkpoint.check_matches(folder, description, identity)
     return folder, description
 
 

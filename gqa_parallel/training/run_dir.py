@@ -30,14 +30,14 @@ def run_id(broadcast: Callable[[str], str] = identity) -> str:
         broadcast: returns rank 0's argument on every rank; called only where the environment has no id.
 
     Returns:
-        The scheduler's job id (``SLURM_JOB_ID``), else the ``--rdzv-id`` that torchrun was given, else rank 0's
+        The ``--rdzv-id`` that torchrun was given, else the scheduler's job id (``SLURM_JOB_ID``), else rank 0's
         clock in local time with a random suffix, as jobs of a sweep start within the same second.
     """
-    if job_id := os.environ.get("SLURM_JOB_ID"):
-        return job_id
     rendezvous_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     if rendezvous_id != "none" and not _MADE_UP.fullmatch(rendezvous_id):
         return rendezvous_id
+    if job_id := os.environ.get("SLURM_JOB_ID"):
+        return job_id
     return broadcast(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
 
 

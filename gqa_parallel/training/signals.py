@@ -1,4 +1,4 @@
-"""Stopping in an orderly way: SIGTERM (a scheduler's warning) or Ctrl-C ends the run after the current step."""
+"""Stopping in an orderly way: SIGTERM (a scheduler's warning) or Ctrl-C ends the run at the next logged step."""
 
 import signal
 from types import FrameType
@@ -7,7 +7,11 @@ import torch
 
 
 class StopSignal:
-    """Remembers that the process was asked to stop, while the context lasts. The second request kills as usual."""
+    """Remembers that the process was asked to stop, while the context lasts. A second Ctrl-C kills as usual.
+
+    A second SIGTERM does not: one warning may come both from the scheduler and through torchrun, and whoever is
+    out of patience sends SIGKILL.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,7 +29,8 @@ class StopSignal:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(number, self._before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
 
     def as_tensor(self, device: torch.device) -> torch.Tensor:
         """1 if a signal came, else 0: the ranks must agree, as it reaches them at different steps."""

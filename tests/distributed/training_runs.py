@@ -15,6 +15,7 @@ from gqa_parallel.errors import UserError
 from gqa_parallel.megatron.config import GQATransformerConfig
 from gqa_parallel.megatron.model import build_gpt, weight_decay_groups
 from gqa_parallel.megatron.process_groups import kv_replica_group
+from gqa_parallel.megatron.variant import GPTVariant
 from gqa_parallel.partition.heads import HeadPartition
 
 VOCAB, SEQUENCE, GLOBAL_BATCH, MICRO_BATCH = 48, 12, 8, 2
@@ -40,7 +41,9 @@ def small_config(**settings) -> GQATransformerConfig:
     return GQATransformerConfig(**{**defaults, **settings})
 
 
-def build_model(config: GQATransformerConfig, seed: int = 5, tie_embeddings: bool = True):
+def build_model(
+    config: GQATransformerConfig, seed: int = 5, tie_embeddings: bool = True, variant: GPTVariant | None = None
+):
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(
         seed, tp_rank=parallel_state.get_tensor_model_parallel_rank(), ep_rank=0, etp_rank=0
@@ -51,6 +54,7 @@ def build_model(config: GQATransformerConfig, seed: int = 5, tie_embeddings: boo
         max_sequence_length=SEQUENCE,
         tie_embeddings=tie_embeddings,
         rope_theta=1000.0,
+        variant=variant,
     )
 
 
@@ -63,7 +67,12 @@ def tokens_of(step: int) -> torch.Tensor:
 
 
 def train(
-    stage: int, steps: int, settings: dict | None = None, precision: str = "fp32", tie_embeddings: bool = True
+    stage: int,
+    steps: int,
+    settings: dict | None = None,
+    precision: str = "fp32",
+    tie_embeddings: bool = True,
+    variant: GPTVariant | None = None,
 ) -> dict:
     """
     Returns:
@@ -75,7 +84,7 @@ def train(
         settings |= {"bf16": True, "params_dtype": torch.bfloat16}
     dp_group = parallel_state.get_data_parallel_group()
     dp_rank, dp_size = dp_group.rank(), dp_group.size()
-    model = build_model(small_config(**settings), tie_embeddings=tie_embeddings)
+    model = build_model(small_config(**settings), tie_embeddings=tie_embeddings, variant=variant)
     optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     micro_batches = GLOBAL_BATCH // (MICRO_BATCH * dp_size)
     engine = deepspeed_engine(

@@ -16,9 +16,7 @@ BUILD = "import setuptools.build_meta as backend, sys; print(getattr(backend, sy
 def build(kind: str, folder: Path) -> Path:
     """Run one hook of the build backend on a copy of the checkout."""
     source = folder / "source"
-    shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info")
-    )
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info"))
     command = [sys.executable, "-c", BUILD, f"build_{kind}", str(folder)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr

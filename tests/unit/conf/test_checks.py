@@ -6,7 +6,7 @@ import pytest
 
 from gqa_parallel.conf.checks import check
 from gqa_parallel.conf.model_shape import head_dim, model_shape
-from gqa_parallel.conf.schema import Activation, Config, ModelConfig, Normalization, Precision
+from gqa_parallel.conf.schema import Activation, Config, ModelConfig, Normalization, Precision, RopeScalingType
 from gqa_parallel.errors import UserError
 
 
@@ -203,6 +203,36 @@ def test_ranges(key, value, requirement):
             "data.split (100,0,0) must leave a share for validation, its second value, while "
             "train.eval_batches (8) asks for evaluation. Use \"data.split='95,5,0'\", or "
             "train.eval_batches=0.",
+        ),
+        (
+            1,
+            {"model__global_every": 2},
+            "model.global_every (2) must be null without model.window (null): it tells local layers from others. "
+            "Set model.window, or model.global_every=null.",
+        ),
+        (
+            1,
+            {"model__rope_fraction": 0.3},
+            "model.rope_fraction (0.3) must leave an even number of the components of model.head_dim (12), at most "
+            "all: they turn in pairs. Use model.rope_fraction=1 or 0.1667.",
+        ),
+        (
+            1,
+            {"model__rope_scaling__type": RopeScalingType.yarn},
+            "model.rope_scaling.original_max_position_embeddings (null) must be set for model.rope_scaling.type (yarn): "
+            "it stretches from that length. Set it to the length first trained at.",
+        ),
+        (
+            1,
+            {"model__rope_scaling__factor": 2.0},
+            "model.rope_scaling.factor (2.0) must be 1 for model.rope_scaling.type (none): nothing would read it. "
+            "Set model.rope_scaling.type.",
+        ),
+        (
+            1,
+            {"model__zero_centered_norm": True, "model__normalization": Normalization.layernorm},
+            "model.normalization (layernorm) must be rmsnorm with model.zero_centered_norm (true): only RMSNorm has "
+            "that form. Use model.zero_centered_norm=false.",
         ),
         *(
             (

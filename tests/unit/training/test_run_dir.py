@@ -19,15 +19,17 @@ def refuse(text):
     raise AssertionError("the environment has an id: nothing is to be broadcast")
 
 
-def test_the_schedulers_job_id_comes_first(monkeypatch):
+def test_the_id_that_torchrun_was_given_comes_first(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    assert run_id(refuse) == "4711"
-
-
-def test_torchruns_id_comes_second(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     assert run_id(refuse) == "abc"
+
+
+@pytest.mark.parametrize("made_up", ["none", "8a7a6347-1bda-481e-b02c-be85766c505f"])
+def test_the_schedulers_job_id_comes_second(monkeypatch, made_up):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", made_up)
+    assert run_id(refuse) == "4711"
 
 
 def test_torchruns_default_id_is_none_at_all(monkeypatch):
