@@ -38,13 +38,20 @@ def model_arguments(hf_config: Any) -> ModelArguments:
     Args:
         hf_config: as for ``family_of``; what a ``config.json`` leaves out is filled in by ``transformers``.
     Raises:
-        UserError: we don't know the family, or it asks for something that is not implemented.
+        UserError: we don't know the family, ``transformers`` refuses the fields, or they ask for something that is
+            not implemented.
     """
     family = family_of(hf_config)
     if isinstance(hf_config, Mapping):
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        hf_config = AutoConfig.for_model(**hf_config)
+        try:
+            hf_config = AutoConfig.for_model(**hf_config)
+        except (StrictDataclassError, KeyError, ValueError) as error:
+            raise UserError(
+                f"config.json ({family.model_type}) must be one that transformers accepts: {error}. Correct it."
+            ) from error
     return family.arguments(hf_config.to_dict())
 
 
@@ -53,7 +60,7 @@ def load_weights(model: GQAModel, tensors: Mapping[str, Tensor], family: Family)
     """Set every parameter of this rank.
 
     Args:
-        model: built from the family's ``ModelArguments``.
+        model: built from the family's ``ModelArguments``, before ``deepspeed_engine`` wraps it.
         tensors: of the whole model under Hugging Face's names. Only ``shape`` and slices are asked for, so what loads
             lazily is read in part.
         family: of both.
@@ -65,20 +72,14 @@ def load_weights(model: GQAModel, tensors: Mapping[str, Tensor], family: Family)
         (parameter, sharding, _sources(sharding, model, family))
         for _, parameter, sharding in full_parameters(model, tp_group.size())
     ]
-    expected: dict[str, tuple[int, ...]] = {}
-    for _, sharding, sources in parameters:
-        for name, indices in sources:
-            shape = list(sharding.shape)
-            shape[sharding.dim] = max(indices.stop, expected.get(name, shape)[sharding.dim] if name in expected else 0)
-            expected[name] = tuple(shape)
-    _refuse_other_tensors(tensors, expected, model)
+    _refuse_other_tensors(tensors, _shapes([(sharding, sources) for _, sharding, sources in parameters]), model)
     for parameter, sharding, sources in parameters:
         offset = 0
+        before = (slice(None),) * sharding.dim
         for piece in sharding.pieces[tp_group.rank()]:
             for name, indices in _within(sources, piece):
-                part = parameter.data.narrow(sharding.dim, offset, len(indices))
-                before = (slice(None),) * sharding.dim
-                part.copy_(tensors[name][(*before, slice(indices.start, indices.stop))])
+                part = tensors[name][(*before, slice(indices.start, indices.stop))]
+                parameter.data.narrow(sharding.dim, offset, len(indices)).copy_(part)
                 offset += len(indices)
         parameter.data.narrow(sharding.dim, offset, parameter.shape[sharding.dim] - offset).zero_()  # padding
 
@@ -122,6 +123,17 @@ def _sources(sharding: Sharding, model: GQAModel, family: Family) -> list[Rows]:
     return family.rows(sharding.name, sharding.shape[sharding.dim], model.config)
 
 
+def _shapes(parameters: list[tuple[Sharding, list[Rows]]]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of Hugging Face that the parameters are made of."""
+    sizes: dict[str, int] = defaultdict(int)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for sharding, sources in parameters:
+        for name, indices in sources:
+            sizes[name] = max(sizes[name], indices.stop)
+            shapes[name] = (*sharding.shape[: sharding.dim], sizes[name], *sharding.shape[sharding.dim + 1 :])
+    return shapes
+
+
 def _within(sources: list[Rows], piece: range) -> Iterator[Rows]:
     """The rows of Hugging Face's tensors that make a range of the full tensor."""
     offset = 0
@@ -137,7 +149,7 @@ def _refuse_other_tensors(tensors: Mapping[str, Tensor], expected: dict[str, tup
     Raises:
         UserError: the tensors are not those of the model.
     """
-    # a tied output layer may be stored again, and old files hold the frequencies that follow from config.json
+    # transformers, too, passes over a stored copy of a tied output layer, and over frequencies in old files
     tied = {"lm_head.weight"} if model.share_embeddings_and_output_weights else set()
     found = {name for name in tensors if name not in tied and not name.endswith("rotary_emb.inv_freq")}
     for problem, names in (("lack", expected.keys() - found), ("hold besides", found - expected.keys())):

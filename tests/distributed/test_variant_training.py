@@ -1,4 +1,4 @@
-"""Models with a ``GPTVariant`` train alike in every layout: their norms and multipliers under ZeRO and recomputation."""
+"""Models with a ``GPTVariant`` train alike in every layout: norms and multipliers under ZeRO and recomputation."""
 
 import pytest
 

@@ -9,7 +9,6 @@ from gqa_parallel.checkpoint.families.family import ModelArguments
 from gqa_parallel.checkpoint.families.names import Source, SplitQKV, Stacked
 from gqa_parallel.checkpoint.families.rope import rope_of
 from gqa_parallel.checkpoint.families.settings import Settings
-from gqa_parallel.checkpoint.families.windows import windows_of
 from gqa_parallel.errors import UserError
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -31,7 +30,7 @@ MODULES: dict[str, Source] = {
 
 
 def read_decoder(settings: Settings, *, activation: str = "hidden_act") -> ModelArguments:
-    """The fields that every family has.
+    """The fields that every family has and reads alike.
 
     Args:
         settings: taken from.
@@ -54,7 +53,6 @@ def read_decoder(settings: Settings, *, activation: str = "hidden_act") -> Model
         "hidden_dropout": 0.0,
         "init_method_std": settings.take("initializer_range", 0.02),
         **_ropes(settings.take("rope_parameters"), max_positions),
-        **windows_of(settings),
     }
     settings.require("is_encoder_decoder", False, "it is a decoder")
     gpt = {

@@ -4,6 +4,7 @@ from gqa_parallel.checkpoint.families.decoder import MODULES, read_biases, read_
 from gqa_parallel.checkpoint.families.family import Family, ModelArguments
 from gqa_parallel.checkpoint.families.names import Stacked
 from gqa_parallel.checkpoint.families.settings import Settings
+from gqa_parallel.checkpoint.families.windows import window_of_local_layers
 from gqa_parallel.megatron.variant import GPTVariant
 
 GEMMA_MODULES = MODULES | {
@@ -21,6 +22,7 @@ def read_gemma(settings: Settings) -> ModelArguments:
         "layernorm_zero_centered_gamma": True,
         "softmax_scale": settings.take("query_pre_attn_scalar") ** -0.5,
         **read_biases(settings),
+        **window_of_local_layers(settings),
     }
     variant = GPTVariant(
         embedding_multiplier=decoder.config["hidden_size"] ** 0.5,

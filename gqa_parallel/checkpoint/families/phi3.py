@@ -4,13 +4,15 @@ from gqa_parallel.checkpoint.families.decoder import MODULES, read_decoder
 from gqa_parallel.checkpoint.families.family import Family, ModelArguments
 from gqa_parallel.checkpoint.families.names import FusedQKV, Stacked
 from gqa_parallel.checkpoint.families.settings import Settings
+from gqa_parallel.checkpoint.families.windows import window_of_all_layers
 
 
 def read(settings: Settings) -> ModelArguments:
     settings.drop("original_max_position_embeddings")  # rope_parameters says it where it matters
     settings.require("embd_pdrop", 0.0, "dropout outside attention differs from Megatron-Core's")
     settings.require("resid_pdrop", 0.0, "dropout outside attention differs from Megatron-Core's")
-    return read_decoder(settings)
+    decoder = read_decoder(settings)
+    return ModelArguments(decoder.config | window_of_all_layers(settings), decoder.gpt)
 
 
 FAMILY = Family(

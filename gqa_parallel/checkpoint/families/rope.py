@@ -24,7 +24,7 @@ def rope_of(parameters: Mapping[str, Any], max_position_embeddings: int) -> Rope
             f"rope_type ({kind!r}) must be one of {', '.join(_SCALINGS)}: no other is implemented. "
             "Convert a model with one of these."
         )
-    scaling = _SCALINGS[kind](left, max_position_embeddings)
+    scaling = _SCALINGS[kind](left, max_position_embeddings)  # transformers has seen to what the type needs
     if left:
         raise UserError(
             f"rope_parameters ({', '.join(sorted(left))}) must not be set for rope_type {kind!r}: it has no such "
@@ -35,7 +35,6 @@ def rope_of(parameters: Mapping[str, Any], max_position_embeddings: int) -> Rope
 
 def _default(left: dict[str, Any], max_position_embeddings: int) -> None:
     left.pop("original_max_position_embeddings", None)
-    left.pop("factor", None)
 
 
 def _linear(left: dict[str, Any], max_position_embeddings: int) -> Scaling:

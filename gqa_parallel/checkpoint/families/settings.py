@@ -37,20 +37,21 @@ class Settings:
     """Hands out each field; what nobody has taken in the end is refused by name.
 
     Args:
-        fields: the configuration, with its defaults filled in. Names with a leading underscore are private to
-            ``transformers`` and left out.
+        fields: the configuration, with its defaults filled in. None is as good as absent. Names with a leading
+            underscore are private to ``transformers`` and left out.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.model_type = fields["model_type"]
         self._left = {
-            name: value for name, value in fields.items() if name not in IRRELEVANT and not name.startswith("_")
+            name: value
+            for name, value in fields.items()
+            if value is not None and name not in IRRELEVANT and not name.startswith("_")
         }
 
     def take(self, name: str, default: Any = None) -> Any:
-        """The value of a field, ``default`` where it is absent or None."""
-        value = self._left.pop(name, None)
-        return default if value is None else value
+        """The value of a field, ``default`` where it is absent."""
+        return self._left.pop(name, default)
 
     def drop(self, *names: str) -> None:
         """Pass over fields that others imply."""

@@ -6,28 +6,35 @@ from gqa_parallel.checkpoint.families.settings import Settings
 from gqa_parallel.errors import UserError
 
 
-def windows_of(settings: Settings) -> dict[str, Any]:
-    """Megatron-Core's names for ``sliding_window`` and ``layer_types``.
+def window_of_all_layers(settings: Settings) -> dict[str, Any]:
+    """Megatron-Core's names for a ``sliding_window`` that every layer has, or none."""
+    return _window(settings.take("sliding_window"), None)
 
-    Without ``layer_types`` every layer has the window, if there is one.
+
+def window_of_local_layers(settings: Settings) -> dict[str, Any]:
+    """Megatron-Core's names for the ``sliding_window`` of the local ones among ``layer_types``.
 
     Raises:
         UserError: a type of layer is not implemented, or there is no window for local layers.
     """
     window, types = settings.take("sliding_window"), settings.take("layer_types")
     known = ("full_attention", "sliding_attention")
-    if unknown := sorted(set(types or ()) - set(known)):
+    if unknown := sorted(set(types) - set(known)):
         raise UserError(
             f"layer_types ({', '.join(unknown)}) must be among {', '.join(known)}: no other layer is implemented. "
             "Convert a model of these."
         )
-    local = None if types is None else [int(kind == "sliding_attention") for kind in types]
-    if window is None and local and any(local):
+    local = [int(kind == "sliding_attention") for kind in types]
+    if not any(local):
+        return {}
+    if window is None:
         raise UserError(
             "sliding_window (None) must be a number of keys where layer_types has sliding_attention: it is how far "
             "such a layer sees. Set it in config.json."
         )
-    if window is None or (local is not None and not any(local)):
-        return {}
-    # a query sees itself and the window - 1 keys before it
-    return {"window_size": (window - 1, 0), "window_attn_skip_freq": local}
+    return _window(window, local)
+
+
+def _window(num_keys: int | None, local_layers: list[int] | None) -> dict[str, Any]:
+    # a query sees itself and the keys before it
+    return {} if num_keys is None else {"window_size": (num_keys - 1, 0), "window_attn_skip_freq": local_layers}
