@@ -5,10 +5,11 @@ gqa-bench num_heads=32 num_kv_heads=8 head_dim=128 seq_lens=[4096,8192,16384] dt
 """
 
 import multiprocessing
+import os
 import resource
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -78,7 +79,7 @@ def main(config: BenchConfig) -> None:
     for name, variant in variants.items():
         cells = []
         for seq_len in config.seq_lens:
-            figures = in_a_process_of_its_own(config, variant, seq_len)
+            figures = measured(config, variant, seq_len)
             cells += [f"{figures.seconds * 1e3:,.0f}", f"{figures.peak_bytes / 2**20:,.0f}"]
         table.add_row(name, *cells)
     scores = [config.batch * config.num_heads * seq_len**2 * 4 / 2**20 for seq_len in config.seq_lens]
@@ -87,8 +88,18 @@ def main(config: BenchConfig) -> None:
     console.print(table)
 
 
-def in_a_process_of_its_own(config: BenchConfig, variant: dict[str, Any], seq_len: int) -> Figures:
-    """Measured apart, since a process never gives its peak back."""
+def measured(config: BenchConfig, variant: dict[str, Any], seq_len: int) -> Figures:
+    """In processes of their own, since a process never gives its peak back."""
+    seconds = _in_a_process(config, variant, seq_len).seconds
+    # else the C allocator keeps what was freed for later, and the peak says how fragmented that is
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        return Figures(seconds, _in_a_process(replace(config, repeats=1), variant, seq_len).peak_bytes)
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def _in_a_process(config: BenchConfig, variant: dict[str, Any], seq_len: int) -> Figures:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure, args=(theirs, config, variant, seq_len))

@@ -34,12 +34,14 @@ class Datasets:
         validation: at least ``valid_samples``; None where the split gives it nothing.
         test: likewise.
         fingerprint: ranks that agree on it read the same number of tokens in the same order.
+        corpus: names the datasets by the lengths of their documents, wherever they lie.
     """
 
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
     fingerprint: str
+    corpus: str
 
 
 def build_datasets(
@@ -96,6 +98,7 @@ def build_datasets(
         "megatron": megatron.core.__version__,
     }
     fingerprint = _hash(identity)
+    corpus = _hash(identity["datasets"])[:16]
 
     def build(cache: Path) -> list[Dataset | None]:
         config = GPTDatasetConfig(
@@ -116,7 +119,7 @@ def build_datasets(
 
     # Megatron-Core's names inside the folder hold the paths
     folder = cache_folder(cache_dir) / "indices" / _hash([fingerprint, *paths])[:32]
-    return Datasets(*build(build_once(folder, build)), fingerprint)
+    return Datasets(*build(build_once(folder, build)), fingerprint, corpus)
 
 
 def _build(sizes: list[int], config: GPTDatasetConfig) -> list[Dataset | None]:

@@ -14,7 +14,8 @@ class GQATransformerConfig(TransformerConfig):
     """A ``TransformerConfig`` that admits every partition of ``HeadPartition``, uneven and replicated ones too.
 
     Megatron's own names ask for the variants that it has: ``window_size`` and ``window_attn_skip_freq`` (local layers),
-    ``softmax_scale``, ``softmax_type="learnable"`` (sinks), ``attention_output_gate``, ``rotary_interleaved``.
+    ``softmax_scale``, ``softmax_type="learnable"`` (sinks), ``attention_output_gate``, ``rotary_interleaved``,
+    ``no_rope_freq`` (layers without positions).
 
     Megatron refuses ``num_attention_heads % tensor_model_parallel_size != 0`` and a number of query groups that neither
     divides nor is divided by it. All else is checked as Megatron does.

@@ -1,5 +1,7 @@
 """Megatron-Core's ``GPTModel`` with grouped-query attention."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,26 +10,29 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from gqa_parallel.errors import UserError
+from gqa_parallel.megatron.config import GQATransformerConfig
 from gqa_parallel.megatron.layer_spec import gqa_block_spec
 from gqa_parallel.megatron.variant import GPTVariant, with_variant
+from gqa_parallel.partition.cost import padded_vocab_size
 
 
 class GQAModel(GPTModel):
     """A ``GPTModel`` of any vocabulary, with a ``GPTVariant``.
 
     Args:
-        vocab_size: tokens. The embedding has as many rows, or the next multiple of the tensor-parallel size; a padding
-            row is never predicted, so it changes no loss.
+        vocab_size: tokens. The embedding has ``padded_vocab_size`` rows; a padding row is never predicted, so it
+            changes no loss.
         variant: departures from the pre-norm transformer.
         The others are ``GPTModel``'s.
     """
 
     def __init__(self, config: TransformerConfig, *, vocab_size: int, variant: GPTVariant, **kwargs: Any) -> None:
-        tp_size = config.tensor_model_parallel_size
+        config = copy.copy(config)
+        config.embedding_init_method = _without_padding(config.embedding_init_method, vocab_size)
         super().__init__(
             config=config,
             transformer_layer_spec=with_variant(gqa_block_spec(config), variant),
-            vocab_size=-(-vocab_size // tp_size) * tp_size,
+            vocab_size=padded_vocab_size(vocab_size, config.tensor_model_parallel_size),
             **kwargs,
         )
         self.unpadded_vocab_size = vocab_size
@@ -56,53 +61,50 @@ class GQAModel(GPTModel):
         return logits, bias
 
 
+def _without_padding(init_method: Callable[[Tensor], Any], vocab_size: int) -> Callable[[Tensor], None]:
+    """Draw the vocabulary's rows and no others: how many there are depends on the tensor-parallel size."""
+
+    def draw(weight: Tensor) -> None:
+        weight[vocab_size:].zero_()
+        init_method(weight[:vocab_size])
+
+    return draw
+
+
 def build_gpt(
-    config: TransformerConfig,
+    config: GQATransformerConfig,
     *,
     vocab_size: int,
     max_sequence_length: int,
     tie_embeddings: bool,
-    rope_theta: float | None = None,
-    rope_scaling_factor: float | None = None,
     variant: GPTVariant | None = None,
 ) -> GQAModel:
     """A decoder-only model on this rank's device; ``parallel_state`` and the random seeds are set.
 
     Args:
-        config: sizes and parallelism.
-        vocab_size: tokens, padding included if it shall be trained.
+        config: sizes and parallelism; ``config.rope`` gives the positions.
+        vocab_size: tokens.
         max_sequence_length: longest sequence, in tokens.
         tie_embeddings: the output projection is the embedding.
-        rope_theta: base of the rotary wavelengths; None where ``config.rope`` says it.
-        rope_scaling_factor: Llama 3.1's stretching of long wavelengths; None: off, or ``config.rope`` says it.
         variant: departures from the pre-norm transformer; None: none.
     Returns:
         The model; called with token ids, positions, None and labels, each [B, S], it gives the loss of every token,
         [B, S], in nats.
     Raises:
-        UserError: rotary positions are set twice, or not at all.
+        UserError: ``config.rope`` is None.
     """
-    layers_rotate = getattr(config, "rope", None) is not None
-    if layers_rotate == (rope_theta is not None):
+    if config.rope is None:
         raise UserError(
-            f"rope_theta ({rope_theta}) must be None exactly where config.rope ({getattr(config, 'rope', None)}) is "
-            "set: one of them rotates queries and keys. Set one."
+            "config.rope (None) must be a Rope: the model would not know the order of its tokens. "
+            "Set rope=Rope(theta=10000.0)."
         )
-    positions: dict[str, Any] = {"position_embedding_type": "none"}
-    if not layers_rotate:
-        positions = {
-            "position_embedding_type": "rope",
-            "rotary_base": rope_theta,
-            "rope_scaling": rope_scaling_factor is not None,
-            "rope_scaling_factor": rope_scaling_factor or 1.0,
-        }
     model = GQAModel(
         config,
         vocab_size=vocab_size,
         variant=variant or GPTVariant(),
         max_sequence_length=max_sequence_length,
         share_embeddings_and_output_weights=tie_embeddings,
-        **positions,
+        position_embedding_type="none",  # the attention layers rotate by themselves
     )
     return model.to(torch.cuda.current_device())
 

@@ -14,7 +14,6 @@ _SUPPORTED_CONFIG = {
     "multi_latent_attention": False,
     "qk_clip": False,
     "log_max_attention_logit": False,
-    "no_rope_freq": None,
     "yarn_rotary_scaling_factor": None,
     "experimental_attention_variant": None,
     "apply_query_key_layer_scaling": False,

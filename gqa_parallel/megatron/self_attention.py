@@ -202,8 +202,10 @@ class GQASelfAttention(GroupedQueryAttention):
         document_start_S: Tensor | None,
         device: torch.device,
     ) -> Rotation | None:
-        """The turn of each position, which restarts with each document."""
+        """The turn of each position, which restarts with each document; None: the layer knows no positions."""
         interleaved, factor = self.config.rotary_interleaved, 1.0
+        if self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]:
+            return None
         if self.rope is not None:
             angles_SR = self.rope.angles(self.head_dim, seq_len, interleaved, device)
             factor = self.rope.attention_factor

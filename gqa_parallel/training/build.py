@@ -32,7 +32,6 @@ from gqa_parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
 from gqa_parallel.megatron.config import GQATransformerConfig
 from gqa_parallel.megatron.model import build_gpt, weight_decay_groups
 from gqa_parallel.megatron.variant import GPTVariant
-from gqa_parallel.partition.cost import padded_vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -133,7 +132,7 @@ def build_trainee(config: Config, vocab_size: int) -> Trainee:
     optim, dp_size = config.optim, parallel_state.get_data_parallel_world_size()
     model = build_gpt(
         transformer_config(config),
-        vocab_size=padded_vocab_size(vocab_size, config.parallel.tp),
+        vocab_size=vocab_size,
         max_sequence_length=config.train.seq_len,
         tie_embeddings=config.model.tie_embeddings,
         variant=GPTVariant(

@@ -1,28 +1,23 @@
-"""Periodic checkpoints of a run, and resuming it in the same layout.
+"""Going on from a checkpoint: which one, whether it is of this run's model and data, and restoring it."""
 
-``run_dir/checkpoints/step-00000100/`` holds what DeepSpeed stores, the random states of every rank, and
-``checkpoint.json``, which says what it is a checkpoint of. ``run_dir/checkpoints/latest`` names the newest complete
-one: it changes only when every rank has written its part.
-"""
-
-import json
-import os
-import shutil
-import zipfile
-from dataclasses import asdict, dataclass
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from gqa_parallel.checkpoint import state
+from gqa_parallel.checkpoint.native import DamagedCheckpoint, NativeCheckpoint, Part
+from gqa_parallel.checkpoint.store import locate
 from gqa_parallel.errors import UserError
 from gqa_parallel.training.build import Trainee
-from gqa_parallel.training.distributed import from_rank_0
+from gqa_parallel.training.distributed import from_rank_0, raise_together, seed_everything
 
-DESCRIPTION = "checkpoint.json"
-LATEST = "latest"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,71 +28,99 @@ class Description:
         step: optimizer steps done.
         model: what the weights mean.
         data: what the next samples follow from.
-        layout: how weights and optimizer are spread over ranks.
+        layout: how ranks were arranged; another one can go on.
+        consumed_samples: of the training data.
+        optimizer_steps: updates that the optimizer did; fewer than ``step`` where fp16 overflowed.
+        schedule: state of the learning-rate schedule.
+        loss_scale: state of fp16's loss scaler.
         wandb_run_id: the run's, if it is tracked.
+        val_loss: newest validation loss, nats per token.
         best_val_loss: lowest validation loss so far, nats per token.
+        config: the resolved configuration.
+        versions: of the libraries that wrote it.
     """
 
     step: int
     model: dict[str, Any]
     data: dict[str, Any]
     layout: dict[str, Any]
-    wandb_run_id: str | None = None
-    best_val_loss: float | None = None
+    consumed_samples: int
+    optimizer_steps: int
+    schedule: dict[str, Any]
+    loss_scale: dict[str, float]
+    wandb_run_id: str | None
+    val_loss: float | None
+    best_val_loss: float | None
+    config: dict[str, Any]
+    versions: dict[str, str]
 
 
-def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
-    """The checkpoint folder to go on from.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from."""
+
+    checkpoint: NativeCheckpoint
+    description: Description
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+
+def find(resume: str, run_dir: Path, identity: dict[str, dict[str, Any]]) -> Found | None:
+    """The checkpoint to go on from, every byte of it compared with its checksum; on every rank.
 
     Args:
-        resume: ``auto``: the newest of ``run_dir``, if there is one; ``none``: start anew; else a checkpoint folder,
-            a run directory, or its ``checkpoints``.
+        resume: ``auto``: the newest undamaged one of ``run_dir``, if there is any checkpoint; ``none``: start anew;
+            else a checkpoint folder, a run directory, or its ``checkpoints``.
         run_dir: of this run.
+        identity: ``model`` and ``data`` of this run.
     Raises:
-        UserError: the folder holds no complete checkpoint.
+        UserError: on every rank: there is none, it is damaged, or it is of another model or other data.
+
+    Communication: small objects from all ranks to all.
     """
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return _latest(run_dir / "checkpoints")
-    given = Path(resume).expanduser()
-    if (given / DESCRIPTION).is_file():
-        return given
-    found = _latest(given) or _latest(given / "checkpoints")
-    if found is None:
-        raise UserError(
-            f"resume ({resume}) must be a checkpoint folder or a run directory with one: it holds neither "
-            f"{DESCRIPTION} nor a complete checkpoint. Use resume=auto to start anew where there is none."
-        )
-    return found
+    folders: list[Path] = []
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            folders = locate(resume, run_dir)
+        except UserError as raised:
+            error = raised
+    raise_together(error)
+    folders = from_rank_0(folders)
+    for folder in folders:
+        try:
+            found = _verified(folder)
+        except DamagedCheckpoint as damage:
+            if resume != "auto" or folder == folders[-1]:
+                raise
+            logger.warning("skipped a checkpoint: %s", damage)
+            continue
+        check_matches(folder, found.description, identity)
+        return found
+    return None
 
 
-def _latest(checkpoints: Path) -> Path | None:
-    pointer = checkpoints / LATEST
-    if not pointer.is_file():
-        return None
-    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
-    if folder.parent != checkpoints or not (folder / DESCRIPTION).is_file():
-        raise UserError(
-            f"{pointer} ({folder.name}) must name a complete checkpoint beside it: {folder / DESCRIPTION} is missing. "
-            "Write the name of another step folder into it, or use resume=none."
-        )
-    return folder
-
-
-def describe(folder: Path) -> Description:
-    """Read what the checkpoint in ``folder`` is of.
-
+def _verified(folder: Path) -> Found:
+    """
     Raises:
-        UserError: the description cannot be read.
+        DamagedCheckpoint: on every rank.
     """
-    path = folder / DESCRIPTION
+    found, error = None, None
     try:
-        return Description(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} must describe a checkpoint: {error}. Resume from another step, or use resume=none."
-        ) from error
+        checkpoint = NativeCheckpoint(folder)
+        checkpoint.verify(checkpoint.files[dist.get_rank() :: dist.get_world_size()])
+        found = Found(checkpoint, Description(**checkpoint.description))
+    except DamagedCheckpoint as damage:
+        error = damage
+    except TypeError as unknown:
+        error = DamagedCheckpoint(
+            f"the checkpoint {folder} must be of a training run: {unknown}. "
+            "Resume from another one, or use resume=none."
+        )
+    raise_together(error)
+    return found
 
 
 def check_matches(folder: Path, found: Description, identity: dict[str, dict[str, Any]]) -> None:
@@ -105,9 +128,9 @@ def check_matches(folder: Path, found: Description, identity: dict[str, dict[str
     Args:
         folder: the checkpoint's.
         found: what it is of.
-        identity: ``model``, ``data`` and ``layout`` of this run.
+        identity: ``model`` and ``data`` of this run.
     Raises:
-        UserError: the checkpoint is of another model, data or layout; names what differs.
+        UserError: the checkpoint is of another model or other data; names what differs.
     """
     for what, ours in identity.items():
         theirs = getattr(found, what)
@@ -117,91 +140,79 @@ def check_matches(folder: Path, found: Description, identity: dict[str, dict[str
             way_out = {
                 "model": "Use the configuration that it was trained with, or another run_dir.",
                 "data": "Go on with the data that it was reading, or start anew in another run_dir.",
-                "layout": "Resume with the layout that it was saved in.",
             }[what]
             raise UserError(f"the checkpoint {folder} must be of this {what}: it has {pairs}. {way_out}")
 
 
-def save(run_dir: Path, trainee: Trainee, description: Description) -> Path:
-    """Write a checkpoint; on every rank.
-
-    Returns:
-        The folder. Until all ranks have written theirs, ``latest`` names the one before.
-    """
-    checkpoints = run_dir / "checkpoints"
-    folder = checkpoints / f"step-{description.step:08d}"
-    part = folder.with_suffix(".part")
-    if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
-    dist.barrier()
-    trainee.engine.save_checkpoint(
-        str(checkpoints), tag=part.name, client_state={"schedule": trainee.schedule.state_dict()}, save_latest=False
-    )
-    torch.save(_random_states(), _random_states_path(part))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _write(part / DESCRIPTION, json.dumps(asdict(description), indent=2) + "\n")
-        if folder.exists():  # a run that was resumed from before it
-            shutil.rmtree(folder)
-        part.rename(folder)
-        _write(checkpoints / LATEST, folder.name + "\n")
-    dist.barrier()
-    return folder
-
-
-def load(folder: Path, trainee: Trainee) -> None:
+def load(found: Found, trainee: Trainee, seed: int) -> None:
     """Restore weights, optimizer, schedule and random states; on every rank.
 
+    Args:
+        found: from ``find``.
+        trainee: has not trained.
+        seed: of the run; random streams of another layout are derived from it and the step.
     Raises:
-        UserError: a file is missing or cannot be read.
+        UserError: on every rank: a tensor is missing, or of another shape or dtype.
+
+    Communication: that of ``state.publish``, and small objects.
     """
-    _check_none_cut_short(folder)
+    engine, description = trainee.engine, found.description
+    error = None
     try:
-        loaded, client_state = trainee.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        trainee.schedule.load_state_dict(client_state["schedule"])
-        _restore(torch.load(_random_states_path(folder), weights_only=True))
-    except (OSError, KeyError, RuntimeError, EOFError, AssertionError) as error:
-        raise UserError(
-            f"the checkpoint {folder} must be whole: {type(error).__name__}: {error}. "
-            "Write the name of another step folder into checkpoints/latest, or use resume=none."
-        ) from error
-    if loaded is None:
-        raise UserError(f"the checkpoint {folder} must hold a model: DeepSpeed found none. Use resume=none.")
+        state.put_state(engine, found.checkpoint, description.optimizer_steps)
+    except DamagedCheckpoint as damage:
+        error = damage
+    raise_together(error)
+    state.publish(engine)
+    state.set_loss_scale(engine, description.loss_scale)
+    engine.global_steps = description.step
+    engine.global_samples = description.consumed_samples
+    engine.micro_steps = description.step * engine.gradient_accumulation_steps()
+    engine.skipped_steps = description.step - description.optimizer_steps
+    trainee.schedule.load_state_dict(description.schedule)
 
-
-def _check_none_cut_short(folder: Path) -> None:
-    """A rank that failed alone while loading would leave the others in the middle of a collective."""
-    cut_short = from_rank_0([path.name for path in sorted(folder.glob("*.pt")) if not zipfile.is_zipfile(path)])
-    if cut_short:
-        raise UserError(
-            f"the checkpoint {folder} must be whole: {', '.join(cut_short)} cannot be read. "
-            "Write the name of another step folder into checkpoints/latest, or use resume=none."
+    if description.layout == layout():
+        _restore(found.checkpoint)
+    else:
+        logger.info(
+            "the checkpoint's layout was %s, this one is %s: random streams (dropout) start anew from train.seed and "
+            "the step",
+            description.layout,
+            layout(),
         )
+        seed_everything(seed + description.step)
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def layout() -> dict[str, int]:
+    """How the ranks are arranged, as far as their random streams follow from it."""
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
 
 
-def _random_states_path(folder: Path) -> Path:
-    return folder / f"random_states_{dist.get_rank():05d}.pt"
-
-
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"cpu": torch.get_rng_state(), "streams": get_cuda_rng_tracker().get_states()}
+def random_states() -> list[Part]:
+    """This rank's random streams, as tensors of a checkpoint."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    states |= {f"stream/{name}": stream for name, stream in get_cuda_rng_tracker().get_states().items()}
+    prefix = _random_prefix()
+    return [Part(prefix + name, tuple(data.shape), 0, 0, data.cpu().clone()) for name, data in states.items()]
 
 
-def _restore(states: dict[str, Any]) -> None:
+def _restore(checkpoint: NativeCheckpoint) -> None:
+    prefix = _random_prefix()
+    states = {
+        name.removeprefix(prefix): checkpoint.read_whole(name) for name in checkpoint.tensors if name.startswith(prefix)
+    }
     torch.set_rng_state(states["cpu"])
-    get_cuda_rng_tracker().set_states(states["streams"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+    tracker = get_cuda_rng_tracker()
+    streams = tracker.get_states()
+    tracker.set_states({name: states.get(f"stream/{name}", stream) for name, stream in streams.items()})
+
+
+def _random_prefix() -> str:
+    return f"random/rank-{dist.get_rank():05d}/"

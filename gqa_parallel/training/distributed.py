@@ -63,6 +63,23 @@ def from_rank_0(value: Any) -> Any:
     return values[0]
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank what one of them has found, so that none waits for it in a collective.
+
+    Args:
+        error: this rank's; None: it has none.
+    Raises:
+        Exception: the error of the lowest rank that has one.
+
+    Communication: one all-gather of the errors.
+    """
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise found
+
+
 def agree(values: Mapping[str, Any]) -> None:
     """Refuse to go on where ranks differ in what must be the same.
 

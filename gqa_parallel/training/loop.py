@@ -4,13 +4,13 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gqa_parallel.checkpoint import state
 from gqa_parallel.conf.schema import Config
 from gqa_parallel.deepspeed.copies import differing_copies
 from gqa_parallel.errors import UserError
@@ -20,6 +20,7 @@ from gqa_parallel.training.distributed import mean_over_ranks
 from gqa_parallel.training.metrics import Throughput, loss_metrics, peak_memory_gib
 from gqa_parallel.training.observers import Observers
 from gqa_parallel.training.packing import packed_documents
+from gqa_parallel.training.saver import Saver, library_versions
 from gqa_parallel.training.signals import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ class Loop:
         throughput: turns steps into rates.
         observers: who is told; on rank 0, others tell nobody.
         stop: asked to stop by a signal.
-        run_dir: where checkpoints go.
-        identity: ``model``, ``data`` and ``layout`` of the checkpoints' description.
+        saver: writes the checkpoints.
+        identity: ``model`` and ``data`` of the checkpoints' description.
+        resolved: the resolved configuration, as checkpoints record it.
     """
 
     config: Config
@@ -69,14 +71,15 @@ class Loop:
     throughput: Throughput
     observers: Observers
     stop: StopSignal
-    run_dir: Path
+    saver: Saver
     identity: dict[str, Any]
+    resolved: dict[str, Any]
 
     def run(self, progress: Progress) -> Progress:
         """Train from ``progress.step`` to ``train.steps``, or until a signal asks to stop.
 
         Raises:
-            UserError: the loss is not finite.
+            UserError: the loss is not finite, or a checkpoint cannot be written.
         """
         train = self.config.train
         batches = iter(self.train_batches)
@@ -86,8 +89,12 @@ class Loop:
             last = progress.step == train.steps
             stopping = False
             if progress.step % train.log_interval == 0 or last:
-                progress.train_loss, stopped = mean_over_ranks(loss, self.stop.as_tensor(loss.device))
+                progress.train_loss, stopped, written = mean_over_ranks(
+                    loss, self.stop.as_tensor(loss.device), self.saver.written(loss.device)
+                )
                 stopping = stopped > 0
+                if written == 1:
+                    self.saver.finish()
                 self._report_step(progress)
             if self.config.debug.check_shared_parameters:
                 self._check_shared_parameters(progress.step)
@@ -101,6 +108,7 @@ class Loop:
             if stopping:
                 logger.warning("stopped by a signal after step %d; the same command goes on from there", progress.step)
                 break
+        self.saver.finish()
         return progress
 
     def _optimizer_step(self, batches: Iterator[dict[str, Tensor]]) -> Tensor:
@@ -166,18 +174,25 @@ class Loop:
         return mean
 
     def _save(self, progress: Progress) -> None:
+        engine = self.trainee.engine
         with self.throughput.paused():
-            folder = checkpoint.save(
-                self.run_dir,
+            self.saver.begin(
                 self.trainee,
                 checkpoint.Description(
                     step=progress.step,
-                    wandb_run_id=self.observers.wandb_run_id,
-                    best_val_loss=progress.best_val_loss,
                     **self.identity,
+                    layout=checkpoint.layout(),
+                    consumed_samples=progress.step * self.config.train.global_batch_size,
+                    optimizer_steps=state.optimizer_steps(engine),
+                    schedule=self.trainee.schedule.state_dict(),
+                    loss_scale=state.loss_scale(engine),
+                    wandb_run_id=self.observers.wandb_run_id,
+                    val_loss=progress.val_loss,
+                    best_val_loss=progress.best_val_loss,
+                    config=self.resolved,
+                    versions=library_versions(),
                 ),
             )
-        logger.info("saved %s", folder)
 
     def _check_shared_parameters(self, step: int) -> None:
         differing = differing_copies(self.trainee.engine)

@@ -33,6 +33,8 @@ from gqa_parallel.training.observers import Observers
 from gqa_parallel.training.plot import plot_loss
 from gqa_parallel.training.progress import ProgressDisplay, RunSummary, print_summary
 from gqa_parallel.training.run_dir import resolve_run_dir, write_hydra_record
+from gqa_parallel.training.run_lock import sole_run
+from gqa_parallel.training.saver import Saver
 from gqa_parallel.training.signals import StopSignal
 from gqa_parallel.training.tracking import Tracker, start_tracking
 from gqa_parallel.training.world import World
@@ -63,8 +65,9 @@ def run(config: Config) -> None:
         run_dir = resolve_run_dir(config.run_dir, config.model.name, from_rank_0)
         stack.enter_context(logging_to(run_dir, world.rank, config.debug.log_level))
         agree({**_flat(resolved), "the corpus": datasets.fingerprint})
-        identity = _identity(config, resolved, vocab_size)
-        resumed_from, description = _resumed(config, run_dir, identity)
+        stack.enter_context(sole_run(run_dir))
+        identity = _identity(config, resolved, vocab_size, datasets)
+        found = checkpoint.find(config.resume, run_dir, identity)
         if world.rank == 0:
             write_hydra_record(run_dir, resolved, [a for a in sys.argv[1:] if not a.startswith("--")])
             _announce(config, run_dir, shape, world)
@@ -72,15 +75,15 @@ def run(config: Config) -> None:
         seed_everything(config.train.seed)
         trainee = build_trainee(config, vocab_size)
         progress = Progress()
-        if description is not None:
-            checkpoint.load(resumed_from, trainee)
-            progress = Progress(step=description.step, best_val_loss=description.best_val_loss)
-            logger.info("resumed from %s", resumed_from)
+        if found is not None:
+            checkpoint.load(found, trainee, config.train.seed)
+            progress = Progress(step=found.description.step, best_val_loss=found.description.best_val_loss)
+            logger.info("resumed from %s", found.folder)
             if progress.step >= config.train.steps:
                 logger.warning("nothing is left to train: train.steps (%d) are done", config.train.steps)
 
         throughput = _throughput(config, shape, world)
-        observers = stack.enter_context(_observers(config, run_dir, resolved, resumed_from, description, world))
+        observers = stack.enter_context(_observers(config, run_dir, resolved, found, world))
         sampler, validation = _samplers(config, datasets, progress.step)
         loop = Loop(
             config=config,
@@ -95,8 +98,9 @@ def run(config: Config) -> None:
             throughput=throughput,
             observers=observers,
             stop=stack.enter_context(StopSignal()),
-            run_dir=run_dir,
+            saver=Saver(run_dir, config.checkpoint),
             identity=identity,
+            resolved=resolved,
         )
         logger.info("set up in %.1f s", time.perf_counter() - started)
         with observers.display or contextlib.nullcontext():
@@ -139,7 +143,9 @@ def _datasets(config: Config, tokenizer: Tokenizer, vocab_size: int) -> Datasets
     )
 
 
-def _identity(config: Config, resolved: dict[str, Any], vocab_size: int) -> dict[str, dict[str, Any]]:
+def _identity(
+    config: Config, resolved: dict[str, Any], vocab_size: int, datasets: Datasets
+) -> dict[str, dict[str, Any]]:
     """What a checkpoint must share with the run that resumes it."""
     meaningless = ("name", "attention_dropout", "hidden_dropout", "init_std", "max_position_embeddings")
     model = {key: value for key, value in _flat(resolved["model"]).items() if key not in meaningless}
@@ -150,28 +156,11 @@ def _identity(config: Config, resolved: dict[str, Any], vocab_size: int) -> dict
             "seq_len": config.train.seq_len,
             "global_batch_size": config.train.global_batch_size,
             "tokenizer": config.data.tokenizer,
-            "paths": config.data.paths,
+            "corpus": datasets.corpus,
+            "weights": config.data.weights,
             "split": config.data.split,
         },
-        "layout": {
-            "tp": config.parallel.tp,
-            "dp": parallel_state.get_data_parallel_world_size(),
-            "zero_stage": config.zero.stage,
-            "precision": precision_of(config),
-        },
     }
-
-
-def _resumed(
-    config: Config, run_dir: Path, identity: dict[str, Any]
-) -> tuple[Path | None, checkpoint.Description | None]:
-    folder = checkpoint.find_checkpoint(config.resume, run_dir)
-    agree({"the checkpoint to resume": folder and folder.name})
-    if folder is None:
-        return None, None
-    description = checkpoint.describe(folder)
-    checkpoint.check_matches(folder, description, identity)
-    return folder, description
 
 
 def _announce(config: Config, run_dir: Path, shape: ModelShape, world: World) -> None:
@@ -205,8 +194,7 @@ def _observers(
     config: Config,
     run_dir: Path,
     resolved: dict[str, Any],
-    resumed_from: Path | None,
-    description: checkpoint.Description | None,
+    found: checkpoint.Found | None,
     world: World,
 ):
     """Rank 0's screen, metrics file and W&B run; a run that fails is marked as failed."""
@@ -224,11 +212,11 @@ def _observers(
         for rank in range(partition.tp_size)
     ]
     # a run that goes on from another run's checkpoint is a new one
-    goes_on = resumed_from is not None and resumed_from.absolute().parents[1] == run_dir
-    resumed_id = description.wandb_run_id if goes_on else None
+    goes_on = found is not None and found.folder.parents[1] == run_dir
+    resumed_id = found.description.wandb_run_id if goes_on else None
     tracker: Tracker = start_tracking(config.wandb, run_dir, resolved, head_table, resumed_id)
-    history = History(run_dir, resumed_step=description.step if description else None)
-    first_step = description.step if description else 0
+    history = History(run_dir, resumed_step=found.description.step if found else None)
+    first_step = found.description.step if found else 0
     try:
         yield Observers(ProgressDisplay(config.train.steps, first_step), history, tracker, tracker.run_id)
     except BaseException:

@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import nn
 
+from gqa_parallel.attention.rope import Rope
 from gqa_parallel.attention.shared_parameters import share
 from gqa_parallel.deepspeed.config import deepspeed_config
 from gqa_parallel.deepspeed.copies import differing_copies
@@ -36,6 +37,7 @@ def small_config(**settings) -> GQATransformerConfig:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": 0.2,
+        "rope": Rope(theta=1000.0),
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
     }
     return GQATransformerConfig(**{**defaults, **settings})
@@ -53,7 +55,6 @@ def build_model(
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         tie_embeddings=tie_embeddings,
-        rope_theta=1000.0,
         variant=variant,
     )
 

@@ -219,8 +219,8 @@ def test_ranges(key, value, requirement):
         (
             1,
             {"model__rope_scaling__type": RopeScalingType.yarn},
-            "model.rope_scaling.original_max_position_embeddings (null) must be set for model.rope_scaling.type (yarn): "
-            "it stretches from that length. Set it to the length first trained at.",
+            "model.rope_scaling.original_max_position_embeddings (null) must be set for model.rope_scaling.type "
+            "(yarn): it stretches from that length. Set it to the length first trained at.",
         ),
         (
             1,

@@ -1,7 +1,6 @@
 import pytest
 
 from gqa_parallel import UserError
-from gqa_parallel.attention.rope import Rope
 from gqa_parallel.megatron.config import GQATransformerConfig
 from gqa_parallel.megatron.layer_spec import gqa_block_spec
 from gqa_parallel.megatron.model import build_gpt
@@ -12,10 +11,9 @@ def config(**settings) -> GQATransformerConfig:
     return GQATransformerConfig(num_layers=2, hidden_size=12, num_attention_heads=2, **settings)
 
 
-@pytest.mark.parametrize("rope, theta", [(Rope(500.0), 100.0), (None, None)])
-def test_positions_are_set_exactly_once(rope, theta):
-    with pytest.raises(UserError, match=r"rope_theta \(.*\) must be None exactly where config.rope \(.*\) is set"):
-        build_gpt(config(rope=rope), vocab_size=7, max_sequence_length=5, tie_embeddings=True, rope_theta=theta)
+def test_a_model_without_positions_is_refused():
+    with pytest.raises(UserError, match=r"config.rope \(None\) must be a Rope: .* Set rope=Rope\(theta=10000.0\)"):
+        build_gpt(config(), vocab_size=7, max_sequence_length=5, tie_embeddings=True)
 
 
 def test_a_variant_that_departs_nowhere_keeps_the_block():

@@ -33,7 +33,6 @@ def test_the_defaults_pass():
     [
         {"context_parallel_size": 2},
         {"qk_clip": True},
-        {"no_rope_freq": [0, 1]},
         {"fp8": "e4m3"},
         {"flash_decode": True},
         {"apply_rope_fusion": True},
