@@ -36,6 +36,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
             "train.micro_batch_size",
             "train.global_batch_size",
             "train.log_interval",
+            "checkpoint.keep_last",
+            "checkpoint.keep_every",
         ),
     ),
     "greater than 0": (

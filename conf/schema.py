@@ -163,6 +163,9 @@ class TrainConfig:
 class CheckpointConfig:
     interval: int = 500  # steps; 0: only at the end
     save_final: bool = True
+    keep_last: int | None = None  # of the newest checkpoints; null: all
+    keep_every: int | None = None  # those at multiples of so many steps stay besides
+    keep_best: bool = True  # the one with the lowest validation loss stays besides
 
 
 @dataclass

@@ -27,8 +27,8 @@ class CoreAttention(nn.Module):
         num_sinks: ``N``, to learn for each query head a logit that takes attention from all keys, ``softmax_offset``;
             0: none (gpt-oss, arXiv:2508.10925).
 
-    Plain attention runs in torch's fused kernel. For the rest, FlexAttention on CUDA (without dropout) and blocks of
-    queries elsewhere: neither holds S x S scores.
+    Plain attention runs in torch's fused kernel, which on the CPU has no dropout. For the rest, FlexAttention on CUDA
+    (without dropout) and blocks of queries elsewhere. None holds S x S scores.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class CoreAttention(nn.Module):
         first_key_S = self.first_keys(len(q_SBNH), q_SBNH.device, document_start_S)
         dropout = self.dropout if self.training else 0.0
         with self.dropout_rng() if dropout else contextlib.nullcontext():
-            if first_key_S is None and self.softcap is None and self.softmax_offset is None:
+            is_plain = first_key_S is None and self.softcap is None and self.softmax_offset is None
+            if is_plain and (q_SBNH.is_cuda or not dropout):
                 out_BNSH = self._fused(q_BNSH, k_BGSH, v_BGSH, dropout)
             else:
                 if first_key_S is None:

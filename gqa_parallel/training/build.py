@@ -1,37 +1,20 @@
 """From the typed configuration to the objects that train: Megatron config, model, optimizer, schedule, engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.nn import functional as F
 
-from gqa_parallel.attention.rope import (
-    DynamicScaling,
-    LinearScaling,
-    Llama3Scaling,
-    Rope,
-    Scaling,
-    YarnScaling,
-)
-from gqa_parallel.conf.model_shape import head_dim
-from gqa_parallel.conf.schema import (
-    Activation,
-    Config,
-    Normalization,
-    Precision,
-    Recompute,
-    RopeScalingConfig,
-    RopeScalingType,
-)
+from gqa_parallel.checkpoint.families.family import ModelArguments
+from gqa_parallel.conf.schema import Config, Precision, Recompute
 from gqa_parallel.data.sampler import micro_batches_per_step
 from gqa_parallel.deepspeed.config import deepspeed_config
 from gqa_parallel.deepspeed.engine import DeepSpeedEngine, deepspeed_engine
 from gqa_parallel.megatron.config import GQATransformerConfig
-from gqa_parallel.megatron.model import build_gpt, weight_decay_groups
-from gqa_parallel.megatron.variant import GPTVariant
+from gqa_parallel.megatron.model import GQAModel, build_gpt, weight_decay_groups
+from gqa_parallel.training.model_arguments import model_arguments_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,9 +34,9 @@ def precision_of(config: Config) -> str:
     return config.train.precision.value
 
 
-def transformer_config(config: Config) -> GQATransformerConfig:
-    """Megatron-Core's names for the ``model``, ``parallel`` and ``train`` groups."""
-    model, precision = config.model, precision_of(config)
+def transformer_config(config: Config, arguments: ModelArguments) -> GQATransformerConfig:
+    """The model's settings, with Megatron-Core's names for the ``parallel`` and ``train`` groups."""
+    precision = precision_of(config)
     recompute = {
         Recompute.none: {},
         Recompute.selective: {"recompute_granularity": "selective"},
@@ -63,39 +46,8 @@ def transformer_config(config: Config) -> GQATransformerConfig:
             "recompute_num_layers": 1,
         },
     }
-    activations = {
-        Activation.swiglu: F.silu,
-        Activation.geglu: partial(F.gelu, approximate="tanh"),
-        Activation.gelu: F.gelu,
-    }
-    rope = Rope(model.rope_theta, model.rope_fraction, _scaling(model.rope_scaling))
-    local_theta = model.local_rope_theta
     return GQATransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
-        num_query_groups=model.num_kv_heads,
-        kv_channels=head_dim(model),
-        ffn_hidden_size=model.ffn_hidden_size,
-        gated_linear_unit=model.activation is not Activation.gelu,
-        activation_func=activations[model.activation],
-        rope=rope,
-        local_rope=None if local_theta is None else Rope(local_theta, model.rope_fraction),
-        window_size=None if model.window is None else (model.window - 1, 0),
-        window_attn_skip_freq=model.global_every,
-        softmax_scale=model.softmax_scale,
-        softmax_type="learnable" if model.sinks else "vanilla",
-        attention_softcap=model.attention_softcap,
-        attention_output_gate=model.output_gate,
-        layernorm_zero_centered_gamma=model.zero_centered_norm,
-        normalization="RMSNorm" if model.normalization is Normalization.rmsnorm else "LayerNorm",
-        layernorm_epsilon=model.norm_eps,
-        add_qkv_bias=model.qkv_bias,
-        add_bias_linear=model.linear_bias,
-        qk_layernorm=model.qk_norm,
-        attention_dropout=model.attention_dropout,
-        hidden_dropout=model.hidden_dropout,
-        init_method_std=model.init_std,
+        **arguments.config,
         tensor_model_parallel_size=config.parallel.tp,
         sequence_parallel=config.parallel.sequence_parallel and config.parallel.tp > 1,
         params_dtype=DTYPES[precision],
@@ -105,44 +57,22 @@ def transformer_config(config: Config) -> GQATransformerConfig:
     )
 
 
-def _scaling(config: RopeScalingConfig) -> Scaling | None:
-    length = config.original_max_position_embeddings
-    match config.type:
-        case RopeScalingType.none:
-            return None
-        case RopeScalingType.linear:
-            return LinearScaling(config.factor)
-        case RopeScalingType.llama3:
-            return Llama3Scaling(config.factor, config.low_freq_factor, config.high_freq_factor, length)
-        case RopeScalingType.dynamic:
-            return DynamicScaling(config.factor, length)
-        case RopeScalingType.yarn:
-            return YarnScaling(
-                config.factor, length, config.beta_fast, config.beta_slow, attention_factor=config.attention_factor
-            )
-
-
-def build_trainee(config: Config, vocab_size: int) -> Trainee:
+def build_trainee(
+    config: Config, vocab_size: int, initialize: Callable[[GQAModel], None] = lambda model: None
+) -> Trainee:
     """Model, AdamW, warm-up and cosine decay, and the DeepSpeed engine around them.
 
     Args:
         config: checked; the process groups exist and the seeds are set.
         vocab_size: the tokenizer's or the model's, without padding.
+        initialize: sets weights other than the random ones, before the engine copies them.
     """
     optim, dp_size = config.optim, parallel_state.get_data_parallel_world_size()
+    arguments = model_arguments_of(config.model, vocab_size)
     model = build_gpt(
-        transformer_config(config),
-        vocab_size=vocab_size,
-        max_sequence_length=config.train.seq_len,
-        tie_embeddings=config.model.tie_embeddings,
-        variant=GPTVariant(
-            embedding_multiplier=config.model.embedding_multiplier,
-            post_norms=config.model.post_norms,
-            residual_multiplier=config.model.residual_multiplier,
-            logit_multiplier=config.model.logit_multiplier,
-            logit_softcap=config.model.logit_softcap,
-        ),
+        transformer_config(config, arguments), **arguments.gpt | {"max_sequence_length": config.train.seq_len}
     )
+    initialize(model)
     optimizer = torch.optim.AdamW(
         weight_decay_groups(model),
         lr=optim.lr,

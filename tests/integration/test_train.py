@@ -14,7 +14,7 @@ import pytest
 
 from gqa_parallel.training.history import read_history
 from tests.integration.conftest import STEPS, TEMPLATES, wandb_run_id
-from tests.integration.programs import finished, started, torchrun
+from tests.integration.programs import TRAIN, finished, started, torchrun
 
 WANDB = Path(sys.executable).with_name("wandb")
 FIRST_STEP_S = 25  # the most that a start may take; 9 s on two idle cores
@@ -117,6 +117,35 @@ def test_a_resumed_run_repeats_the_straight_one_bit_for_bit(small, trained, tmp_
     ]
     # a branch is a run of its own: W&B would mix the two otherwise
     assert wandb_run_id(run_dir / "checkpoints" / f"step-{STEPS:08d}") != wandb_run_id(trained.checkpoint(STEPS))
+
+
+def test_a_run_goes_on_in_another_layout_past_a_damaged_checkpoint(small, trained, tmp_path):
+    """From tp = 2 to dp = 2 at ZeRO 3, from the newest checkpoint that is whole."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.folder / "checkpoints", run_dir / "checkpoints")
+    newest = run_dir / "checkpoints" / trained.checkpoint(STEPS).name / "rank-00001.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    command = torchrun(2, *small, "parallel.tp=1", "zero.stage=3", "checkpoint.keep_last=1", f"run_dir={run_dir}")
+    done = finished(command, tmp_path, {"OMP_NUM_THREADS": "1"})
+    assert done.exit_code == 0, done.stderr
+    assert "rank-00001.safetensors is not as it was written (SHA-256)" in done.stderr
+    assert f"resumed from {run_dir}/checkpoints/step-00000003" in done.stderr
+    assert losses(run_dir) == pytest.approx(
+        {step: loss for step, loss in losses(trained.folder).items() if step > 3}, rel=1e-5
+    )
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", f"step-{STEPS:08d}"]
+
+
+def test_a_second_run_in_the_same_directory_is_refused(small, tmp_path):
+    run_dir = tmp_path / "run"
+    overrides = [*small, "train.steps=10000", "train.eval_interval=0", f"run_dir={run_dir}"]
+    with started(torchrun(1, *overrides), tmp_path) as first:
+        first.wait_until(lambda: bool(read_history(run_dir)), "the first step")
+        second = finished([sys.executable, *TRAIN, *overrides], tmp_path)
+        assert second.exit_code == 2
+        assert f"run_dir ({run_dir}) must belong to one run at a time: process {first.rank(0)} of" in second.stderr
 
 
 def test_a_run_that_is_stopped_saves_and_goes_on_with_the_same_command(small, tmp_path):

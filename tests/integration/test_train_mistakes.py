@@ -74,7 +74,7 @@ def mistakes(trained, tmp_path_factory) -> dict[str, Mistake]:
     (folder / "a_file").touch()
     broken = folder / "broken"
     shutil.copytree(trained.folder / "checkpoints", broken)
-    with (broken / trained.checkpoint(6).name / "zero_pp_rank_0_mp_rank_01_optim_states.pt").open("r+b") as file:
+    with (broken / trained.checkpoint(6).name / "rank-00001.safetensors").open("r+b") as file:
         file.truncate(1000)
 
     return CONFIGURATION | {
@@ -94,14 +94,14 @@ def mistakes(trained, tmp_path_factory) -> dict[str, Mistake]:
             [f"resume={trained.folder}", "model.hidden_size=96"],
             "hidden_size 48 there and 96 here",
         ),
-        "other layout": Mistake(
-            [f"resume={trained.folder}"],
-            "must be of this layout: it has dp 1 there and 2 here, tp 2 there and 1 here",
+        "other data": Mistake(
+            [f"resume={trained.folder}", "train.seed=7"],
+            "must be of this data: it has seed 1234 there and 7 here",
             num_ranks=2,
         ),
         "broken checkpoint": Mistake(
             [f"resume={broken}", "parallel.tp=2"],
-            f"the checkpoint {broken}/step-00000006 must be whole: zero_pp_rank_0_mp_rank_01_optim_states.pt cannot be",
+            f"the checkpoint {broken}/step-00000006 must be whole: rank-00001.safetensors has 1,000 of",
             num_ranks=2,
         ),
     }

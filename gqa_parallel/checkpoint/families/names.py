@@ -50,6 +50,11 @@ class SplitQKV:
         heads = megatron_layout(config.num_attention_heads, config.num_query_groups)
         return [Rows(getattr(self, kind), _head(index, config)) for kind, index in heads]
 
+    def kv_rows(self, config: TransformerConfig) -> list[Rows]:
+        """The rows of all K heads, then those of all V heads."""
+        heads = range(config.num_query_groups * config.kv_channels)
+        return [Rows(self.k, heads), Rows(self.v, heads)]
+
 
 @dataclass(frozen=True)
 class FusedQKV:
@@ -61,6 +66,14 @@ class FusedQKV:
         layout = config.num_attention_heads, config.num_query_groups
         places = block_map(huggingface_layout(*layout), megatron_layout(*layout))
         return [Rows(self.module, _head(place, config)) for place in places]
+
+    def kv_rows(self, config: TransformerConfig) -> list[Rows]:
+        """The rows of all K heads, then those of all V heads."""
+        num_q, num_kv = (heads * config.kv_channels for heads in (config.num_attention_heads, config.num_query_groups))
+        return [
+            Rows(self.module, range(num_q, num_q + num_kv)),
+            Rows(self.module, range(num_q + num_kv, num_q + 2 * num_kv)),
+        ]
 
 
 def _head(place: int, config: TransformerConfig) -> range:

@@ -109,7 +109,9 @@ def test_a_document_does_not_see_the_others(seed, variant, cut):
     torch.testing.assert_close(torch.cat(apart), attention(*qkv, starts), **EXACT)
 
 
-@pytest.mark.parametrize("variant", [{"window": 256}, {"softcap": 30.0}, {"num_sinks": 2}, {}], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{"window": 256}, {"softcap": 30.0}, {"num_sinks": 2}, {"dropout": 0.2}, {}], ids=str
+)
 def test_saved_memory_is_linear_in_the_sequence(variant):
     """What autograd keeps between forward and backward; S x S scores would make it four times as much."""
 
