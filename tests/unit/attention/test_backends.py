@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from gqa_parallel.attention import blocked
 from gqa_parallel.attention.blocked import blocked_attention
 from gqa_parallel.attention.core_attention import CoreAttention
-from gqa_parallel.attention.flexible import flexible_attention
+from gqa_parallel.attention.flexible import block_mask, flexible_attention
 
 S, B, N, G, H = 23, 2, 6, 3, 4
 CASES = list(itertools.product([None, 5], [None, 0.8], [False, True], [None, (7, 3, 13)]))
@@ -42,6 +43,26 @@ def test_blocked_equals_flexible(monkeypatch, window, softcap, has_sinks, docume
         for attend in (blocked_attention, flexible_attention)
     ]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("seq_len", [1, 128, 300, 1000])
+@pytest.mark.parametrize("window", [None, 1, 129, 400])
+@pytest.mark.parametrize("length", [None, 90, 256])
+def test_blocks_are_those_that_the_mask_needs(seq_len, window, length):
+    """As torch finds them by asking for all S x S pairs."""
+    starts = torch.arange(seq_len) // length * length if length else None
+    found = CoreAttention(window=window).first_keys(seq_len, torch.device("cpu"), starts)
+    first_key_S = torch.zeros(seq_len, dtype=torch.int64) if found is None else found
+    ours = block_mask(first_key_S)
+    theirs = create_block_mask(ours.mask_mod, None, None, seq_len, seq_len, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+
+    def blocks(number, index):
+        return [set(row[:count].tolist()) for row, count in zip(index[0, 0], number[0, 0], strict=True)]
+
+    whole_rows = seq_len // 128  # torch masks the row of blocks that reaches behind the sequence; no one reads that
+    expected = blocks(theirs.full_kv_num_blocks, theirs.full_kv_indices)[:whole_rows]
+    assert blocks(ours.full_kv_num_blocks, ours.full_kv_indices)[:whole_rows] == expected
 
 
 def test_first_keys():
