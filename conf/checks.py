@@ -122,7 +122,8 @@ def _check_ranks(config: Config, world_size: int) -> None:
         other_tp = f", or use parallel.tp={one_of(sizes)}" if sizes else ""
         raise UserError(
             f"world_size ({world_size}) must be a multiple of parallel.tp ({tp}) x parallel.cp ({cp}): the "
-            f"ranks form whole tensor-parallel groups. Start {one_of(counts)} ranks{other_tp}."
+            f"ranks form whole tensor-parallel groups. Start {one_of(counts)} ranks with torchrun --nproc-per-node"
+            f"{other_tp}."
         )
 
 

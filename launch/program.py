@@ -4,9 +4,10 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from gqa_parallel.errors import UserError
 
 USER_ERROR_EXIT_CODE = 2
 # of Hydra's messages; the last one advises what check_keys refuses
-HYDRA_NOISE = ("object_type=", "reference_type=", "To append to your config use +")
+HYDRA_NOISE = ("object_type=", "reference_type=", "Config search path:", "provider=", "To append to your config use +")
 C = TypeVar("C")
 
 
@@ -60,7 +61,7 @@ def program(
             try:
                 run()
             except (HydraException, OmegaConfBaseException) as error:
-                end_with(error)
+                end_with(_misspelt(error, schema) or error)
 
         return main
 
@@ -108,9 +109,20 @@ def check_keys(cfg: DictConfig, schema: type) -> None:
     known = set(_known_keys(schema))
     for key in _keys(cfg):
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else "See the files of conf/ for all keys."
-            raise UserError(f"unknown key {key}: no part of the configuration reads it. {hint}")
+            raise _unknown_key(key, known)
+
+
+def _unknown_key(key: str, known: Iterable[str]) -> UserError:
+    near = difflib.get_close_matches(key, known, n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "See the files of conf/ for all keys."
+    return UserError(f"unknown key {key}: no part of the configuration reads it. {hint}")
+
+
+def _misspelt(error: Exception, schema: type) -> UserError | None:
+    """What Hydra says of an override whose key does not exist, with the keys that come near; None for other errors."""
+    found = re.match(r"Could not override '([\w.]+)'", str(error))
+    known = [*(field.name for field in dataclasses.fields(schema)), *_known_keys(schema)]
+    return _unknown_key(found[1], known) if found and found[1] not in known else None
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -46,7 +46,7 @@ CONFIGURATION = {
         ["train.micro_batch_size=3"],
         "train.global_batch_size (4) must be a multiple of",
     ),
-    "unknown key": Mistake(["model.foo=1"], "Could not override 'model.foo'"),
+    "unknown key": Mistake(["model.foo=1"], "unknown key model.foo: no part of the configuration reads it."),
     "added key": Mistake(["+train.stepz=1"], "unknown key train.stepz: no part of the configuration reads it. Did you"),
     "wrong type": Mistake(["train.steps=many"], "Value 'many' of type 'str' could not be converted to Integer"),
     "unknown preset": Mistake(["model=debig"], "Could not find 'model/debig'"),

@@ -98,13 +98,13 @@ def test_ranges(key, value, requirement):
             6,
             {"parallel__tp": 4},
             "world_size (6) must be a multiple of parallel.tp (4) x parallel.cp (1): the ranks form whole "
-            "tensor-parallel groups. Start 4 or 8 ranks, or use parallel.tp=1, 2 or 3.",
+            "tensor-parallel groups. Start 4 or 8 ranks with torchrun --nproc-per-node, or use parallel.tp=1, 2 or 3.",
         ),
         (
             0,
             {"parallel__tp": 2},
             "world_size (0) must be a multiple of parallel.tp (2) x parallel.cp (1): the ranks form whole "
-            "tensor-parallel groups. Start 2 ranks.",
+            "tensor-parallel groups. Start 2 ranks with torchrun --nproc-per-node.",
         ),
         (
             2,
