@@ -200,6 +200,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     run_dir: str | None = None  # null: runs/<model>-<run id>
+    init_from: str | None = None  # weights to start from: a model folder of Hugging Face or a checkpoint of ours
     resume: str = "auto"  # auto: the run directory's newest checkpoint, if any; none; or a checkpoint folder
     experiment: Any = None
 

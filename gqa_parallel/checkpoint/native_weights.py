@@ -11,8 +11,8 @@ from torch import Tensor
 from gqa_parallel.checkpoint.folders import MAPPED_BYTES
 from gqa_parallel.checkpoint.lazy_tensor import Index, LazyTensor
 from gqa_parallel.checkpoint.native import NativeCheckpoint, Part, StoredFile, write_file, write_manifest
-from gqa_parallel.checkpoint.state import WEIGHT
 
+WEIGHT = "weight"  # the kind of tensor, as in state.py, which needs DeepSpeed
 FILE_BYTES = 256 << 20  # all parts of a file are in memory while it is written
 
 

@@ -32,8 +32,8 @@ def huggingface_config(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
             nearest = lacking
     lacks = ", ".join(f"{key}={ours} (only {theirs})" for key, (ours, theirs) in (nearest or {}).items())
     raise UserError(
-        f"model ({model.name}) must be of a family of Hugging Face that gqa_parallel knows: none computes the same, the "
-        f"nearest has no {lacks or 'such combination'}. Keep it as a checkpoint of ours."
+        f"model ({model.name}) must be of a family of Hugging Face that gqa_parallel knows: none computes the same, "
+        f"the nearest has no {lacks or 'such combination'}. Keep it as a checkpoint of ours."
     )
 
 

@@ -151,6 +151,7 @@ class Loop:
             metrics["train/grad_norm"] = float(norm)
         self.observers.log(metrics, progress.step, self.throughput.eta_s(train.steps - progress.step))
         if not math.isfinite(progress.train_loss):
+            self.saver.finish()
             raise UserError(
                 f"train/loss ({progress.train_loss}) must be finite at step {progress.step}: the run has diverged. "
                 f"Lower optim.lr ({self.config.optim.lr}) or lengthen optim.warmup_steps, and resume from a checkpoint."

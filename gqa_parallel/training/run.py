@@ -4,6 +4,8 @@ import contextlib
 import logging
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from gqa_parallel.data.sampler import GlobalBatchSampler
 from gqa_parallel.data.stdlib_corpus import stdlib_corpus
 from gqa_parallel.data.tokenizer import Tokenizer, load_tokenizer
 from gqa_parallel.errors import UserError
+from gqa_parallel.megatron.model import GQAModel
 from gqa_parallel.partition.cost import ModelShape, model_flops_per_token, parameter_counts
 from gqa_parallel.partition.heads import HeadPartition
 from gqa_parallel.training import checkpoint
 from gqa_parallel.training.build import build_trainee, precision_of
-from gqa_parallel.training.distributed import agree, from_rank_0, process_groups, seed_everything
+from gqa_parallel.training.distributed import agree, from_rank_0, process_groups, raise_together, seed_everything
 from gqa_parallel.training.history import History
+from gqa_parallel.training.initial_weights import initial_weights, set_weights
 from gqa_parallel.training.logs import logging_to
 from gqa_parallel.training.loop import Loop, Progress
 from gqa_parallel.training.metrics import Throughput, bits_per_byte, peak_memory_gib, perplexity, this_device_peak_flops
@@ -73,7 +77,7 @@ def run(config: Config) -> None:
             _announce(config, run_dir, shape, world)
 
         seed_everything(config.train.seed)
-        trainee = build_trainee(config, vocab_size)
+        trainee = build_trainee(config, vocab_size, _initialize(config, vocab_size, world, found is not None))
         progress = Progress()
         if found is not None:
             checkpoint.load(found, trainee, config.train.seed)
@@ -161,6 +165,25 @@ def _identity(
             "split": config.data.split,
         },
     }
+
+
+def _initialize(config: Config, vocab_size: int, world: World, resumed: bool) -> Callable[[GQAModel], None]:
+    """What sets the weights of ``init_from``, unless a checkpoint will.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if resumed:
+        if config.init_from is not None:
+            logger.info("init_from (%s) is not read: a checkpoint is resumed", config.init_from)
+        return lambda model: None
+    weights, error = None, None
+    try:
+        weights = initial_weights(config, vocab_size, verify=world.rank == 0)
+    except UserError as raised:
+        error = raised
+    raise_together(error)
+    return (lambda model: None) if weights is None else partial(set_weights, weights=weights)
 
 
 def _announce(config: Config, run_dir: Path, shape: ModelShape, world: World) -> None:

@@ -14,7 +14,7 @@ from gqa_parallel.checkpoint.huggingface import family_of, model_arguments
 from gqa_parallel.checkpoint.lazy_tensor import LazyTensor
 from gqa_parallel.checkpoint.native import MANIFEST, DamagedCheckpoint, NativeCheckpoint
 from gqa_parallel.checkpoint.native_weights import NativeWeights
-from gqa_parallel.checkpoint.store import locate
+from gqa_parallel.checkpoint.store import candidates
 from gqa_parallel.conf.schema import ModelConfig
 from gqa_parallel.errors import UserError
 from gqa_parallel.training.huggingface_config import huggingface_config
@@ -71,8 +71,8 @@ def open_weights(name: str, folder: str, verify: bool = True) -> Weights:
         )
     if (path / MANIFEST).is_file():
         return _of_checkpoint(path, verify)
-    if (path / "checkpoints").is_dir():
-        return _of_checkpoint(locate(folder, path)[0], verify)
+    if complete := candidates(path / "checkpoints"):
+        return _of_checkpoint(complete[0], verify)
     config = read_config(path)
     family_of(config)
     opened = HuggingFaceFolder(path)

@@ -107,10 +107,14 @@ CASES: dict[str, dict] = {
 }
 
 
-def huggingface_model(case: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Random weights, every bias and norm away from its usual start."""
+def huggingface_model(case: str, dtype: torch.dtype = torch.float32, fields: dict | None = None) -> nn.Module:
+    """Random weights, every bias and norm away from its usual start.
+
+    Args:
+        fields: of the configuration, in place of the case's.
+    """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(case.removesuffix("_biases"), **(SMALL | CASES[case]))
+    config = AutoConfig.for_model(case.removesuffix("_biases"), **(SMALL | CASES[case] | (fields or {})))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -183,9 +187,9 @@ def logit_error_with(case: str, settings: dict) -> float:
         return relative_error(logits, theirs(tokens).logits)
 
 
-def changed_by_a_round_trip(case: str) -> list[str]:
+def changed_by_a_round_trip(case: str, fields: dict | None = None) -> list[str]:
     """Names of the tensors that are not bit-equal after import and export."""
-    theirs = huggingface_model(case)
+    theirs = huggingface_model(case, fields=fields)
     ours = our_model(theirs.config)
     load_weights(ours, theirs.state_dict(), family_of(theirs.config))
     exported = export_weights(ours, family_of(theirs.config))

@@ -1,7 +1,10 @@
 """A resumed run is the run that was never interrupted: to the bit in the same layout, up to rounding in any other."""
 
+import re
+
 import pytest
 
+from tests.distributed.ranks import RankError
 from tests.distributed.resumed_runs import resume_and_train_on, rounded_masters, save_and_train_on
 
 BEFORE, AFTER = 10, 10
@@ -9,7 +12,8 @@ BEFORE, AFTER = 10, 10
 TOLERANCE = 1e-5
 # tp, dp, ZeRO stage; G = 2, so tp = 4 replicates both KV heads
 LAYOUTS = [(1, 1, 0), (2, 1, 1), (1, 2, 2), (2, 2, 3), (4, 1, 1)]
-UNEVEN = ["model.num_heads=10", "model.num_kv_heads=5", "model.hidden_size=60", "model.head_dim=6"]
+UNEVEN = ["model.num_heads=10", "model.num_kv_heads=5"]
+FC1 = "weight/decoder.layers.0.mlp.linear_fc1.weight"
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 
@@ -70,3 +74,12 @@ def test_an_uneven_layout(ranks, tmp_path):
 def test_weights_are_the_rounded_fp32_values(ranks, saved, stage):
     folder, _ = saved[(1, 1, 0)]
     assert all(ranks(2, 1)(rounded_masters, folder, settings(stage, "bf16")))
+
+
+def test_weights_that_do_not_fit_are_refused_on_every_rank(ranks, saved):
+    """A description that says otherwise: the tensors are looked at too."""
+    folder, _ = saved[(2, 1, 1)]
+    with pytest.raises(RankError) as error:
+        ranks(2)(resume_and_train_on, folder, [*settings(1), "model.ffn_hidden_size=64"], AFTER)
+    said = re.findall(r"the shape of (\S+) is (\[.*?\]), not (\[.*?\])", str(error.value))
+    assert len(said) >= 2 and set(said) == {(FC1, "[192, 45]", "[128, 45]")}

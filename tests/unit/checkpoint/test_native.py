@@ -113,10 +113,10 @@ def test_files_that_are_not_as_written(folder):
     with pytest.raises(DamagedCheckpoint, match=rf"a.safetensors has 100 of {size} bytes"):
         NativeCheckpoint(folder).verify(["a.safetensors"])
     path.unlink()
-    with pytest.raises(DamagedCheckpoint, match="a.safetensors is missing"):
+    with pytest.raises(DamagedCheckpoint, match=r"a\.safetensors is missing"):
         NativeCheckpoint(folder).verify(["a.safetensors"])
     shutil.copy(folder / "b.safetensors", path)
-    with pytest.raises(DamagedCheckpoint, match="a.safetensors has"):
+    with pytest.raises(DamagedCheckpoint, match=r"a\.safetensors has"):
         NativeCheckpoint(folder).verify(["a.safetensors"])
 
 
@@ -131,7 +131,7 @@ class Payload:
 def test_no_pickle_runs(folder, tmp_path):
     """Not even where nobody verifies first."""
     (folder / "a.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(DamagedCheckpoint, match="a.safetensors cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match=r"a\.safetensors cannot be read"):
         NativeCheckpoint(folder).read_whole("full")
     (folder / MANIFEST).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     with pytest.raises(DamagedCheckpoint, match=f"{MANIFEST} cannot be read"):
@@ -177,7 +177,7 @@ def test_files_outside_the_folder_are_not_read(folder, tmp_path):
         content["files"]["../secret"] = content["files"].pop("a.safetensors")
 
     rewrite(folder, point_outside)
-    with pytest.raises(DamagedCheckpoint, match="../secret is missing"):
+    with pytest.raises(DamagedCheckpoint, match=r"\.\./secret is missing"):
         NativeCheckpoint(folder).verify(["../secret"])
 
 

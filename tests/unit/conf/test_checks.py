@@ -78,6 +78,8 @@ def test_sound_configurations_pass(world_size, changes, cuda):
         ("optim.warmup_steps", -1, "at least 0"),
         ("train.eval_interval", -1, "at least 0"),
         ("checkpoint.interval", -1, "at least 0"),
+        ("checkpoint.keep_last", 0, "at least 1"),
+        ("checkpoint.keep_every", 0, "at least 1"),
         ("optim.beta1", 1.0, "at least 0 and less than 1"),
         ("optim.beta2", -0.1, "at least 0 and less than 1"),
         ("model.attention_dropout", 1.0, "at least 0 and less than 1"),
