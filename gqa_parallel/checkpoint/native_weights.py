@@ -13,7 +13,7 @@ from gqa_parallel.checkpoint.lazy_tensor import Index, LazyTensor
 from gqa_parallel.checkpoint.native import NativeCheckpoint, Part, StoredFile, write_file, write_manifest
 
 WEIGHT = "weight"  # the kind of tensor, as in state.py, which needs DeepSpeed
-FILE_BYTES = 256 << 20  # all parts of a file are in memory while it is written
+FILE_BYTES = 128 << 20  # all parts of a file are in memory while it is written
 
 
 class NativeWeights(dict[str, LazyTensor]):

@@ -159,7 +159,7 @@ def test_loader_processes_read_the_same(build):
     assert torch.stack(batches[0]).equal(torch.stack(batches[1]))
 
 
-WITHOUT = "\"data.split='100,0,0'\" to train without it."
+WITHOUT = "\"data.split='100,0,0'\" train.eval_batches=0 to train without it."
 
 
 @pytest.mark.parametrize(
