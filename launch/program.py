@@ -121,7 +121,7 @@ def _unknown_key(key: str, known: Iterable[str]) -> UserError:
 def _misspelt(error: Exception, schema: type) -> UserError | None:
     """What Hydra says of an override whose key does not exist, with the keys that come near; None for other errors."""
     found = re.match(r"Could not override '([\w.]+)'", str(error))
-    known = [*(field.name for field in dataclasses.fields(schema)), *_known_keys(schema)]
+    known = {field.name for field in dataclasses.fields(schema)} | set(_known_keys(schema))
     return _unknown_key(found[1], known) if found and found[1] not in known else None
 
 

@@ -16,6 +16,7 @@ LAYER = ("tests/distributed/test_layer_against_dense.py",)
 VARIANTS = ("tests/distributed/test_variants_against_dense.py",)
 TRAINING = ("tests/distributed/test_training.py",)
 MEGATRON = ("tests/distributed/test_megatron.py",)
+RESUME = ("tests/distributed/test_resume.py",)
 PARTITION = ("tests/unit/partition",)
 
 
@@ -200,6 +201,27 @@ FAULTS = [
         "indices = block_map(everything, its_blocks)",
         "indices = sorted(block_map(everything, its_blocks))[::-1]",
         MEGATRON,
+    ),
+    Fault(
+        "second moments not restored",
+        "checkpoint/state.py",
+        "tensor.copy_(_read(checkpoint, kind, sharding, rank, fragment))",
+        'kind == "exp_avg_sq" or tensor.copy_(_read(checkpoint, kind, sharding, rank, fragment))',
+        RESUME,
+    ),
+    Fault(
+        "the optimizer counts its steps from zero",
+        "checkpoint/state.py",
+        'state["step"].fill_(optimizer_steps)',
+        "pass",
+        RESUME,
+    ),
+    Fault(
+        "a part whose bytes have changed is read",
+        "checkpoint/native.py",
+        'if _sha256(path) != expected["sha256"]:',
+        "if False:",
+        ("tests/unit/checkpoint/test_native.py",),
     ),
     Fault(
         "recomputation draws dropout anew",
