@@ -226,8 +226,9 @@ FAULTS = [
     Fault(
         "recomputation draws dropout anew",
         "megatron/self_attention.py",
-        "return tensor_parallel.checkpoint(self.module, False, *inputs)",
-        "return torch.utils.checkpoint.checkpoint(self.module, *inputs, use_reentrant=False, preserve_rng_state=False)",
+        "return tensor_parallel.checkpoint(super().forward, False, *inputs)",
+        "return torch.utils.checkpoint.checkpoint("
+        "super().forward, *inputs, use_reentrant=False, preserve_rng_state=False)",
         MEGATRON,
     ),
 ]

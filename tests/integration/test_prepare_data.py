@@ -38,7 +38,10 @@ def test_success(prepare_data, tmp_path):
             ["source=[corpus/a.txt,nowhere]", "target=x"],
             "source (nowhere) must exist: there is no such file or folder.",
         ),
-        (["source=corpus", "target=x", "tokeniser=byte"], "unknown key tokeniser: no part of the configuration reads it. Did you mean tokenizer?"),
+        (
+            ["source=corpus", "target=x", "tokeniser=byte"],
+            "unknown key tokeniser: no part of the configuration reads it.",
+        ),
         (["source=corpus"], "source (corpus) and target (None) must be given"),
     ],
 )
