@@ -225,11 +225,10 @@ FAULTS = [
     ),
     Fault(
         "recomputation draws dropout anew",
-        "megatron/self_attention.py",
-        "return tensor_parallel.checkpoint(super().forward, False, *inputs)",
-        "return torch.utils.checkpoint.checkpoint("
-        "super().forward, *inputs, use_reentrant=False, preserve_rng_state=False)",
-        MEGATRON,
+        "attention/blocked.py",
+        "preserve_rng_state=dropout > 0",
+        "preserve_rng_state=False",
+        ("tests/unit/attention/test_core_attention.py",),
     ),
 ]
 

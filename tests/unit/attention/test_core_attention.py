@@ -64,3 +64,12 @@ def test_dropout_draws_in_its_own_stream_and_only_while_training():
     dropped = attention.train()(q, k, v)
     assert entered
     assert not torch.equal(dropped, attention(q, k, v))
+
+
+@pytest.mark.parametrize("variant", [{}, {"window": 3}, {"softcap": 2.0}])
+def test_the_backward_pass_drops_what_the_forward_pass_dropped(variant):
+    """The output is linear in the values: out . 1 = v . d(out . 1)/dv holds for one set of weights only."""
+    q, k, v = inputs(4, 2)
+    total = CoreAttention(dropout=0.4, **variant)(q, k, v).sum()
+    (grad,) = torch.autograd.grad(total, v)
+    torch.testing.assert_close((grad * v).sum(), total, rtol=1e-12, atol=0)
