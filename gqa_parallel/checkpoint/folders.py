@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gqa_parallel.checkpoint.lazy_tensor import Index, LazyTensor
+from gqa_parallel.checkpoint.native import flush
 from gqa_parallel.checkpoint.safetensors_writer import DTYPES, write_safetensors
 from gqa_parallel.errors import UserError
 
@@ -226,15 +227,6 @@ def carried_files(path: Path) -> list[Path]:
         and not file.name.endswith(".index.json")
         and (file.suffix in _CARRIED_SUFFIXES or file.name.startswith(_CARRIED_NAMES))
     )
-
-
-def flush(path: Path) -> None:
-    """Put a file or a folder's names on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _weight_files(path: Path) -> list[Path]:

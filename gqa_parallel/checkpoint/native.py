@@ -97,7 +97,7 @@ def write_file(path: Path, parts: Iterable[Part]) -> StoredFile:
     except SafetensorError as error:  # how it passes on what the operating system says
         raise _as_os_error(error, path) from error
     path.chmod(mode)  # safetensors leaves it to its owner alone
-    _flush(path)
+    flush(path)
     return StoredFile(path.name, path.stat().st_size, _sha256(path), tuple(stored))
 
 
@@ -148,7 +148,7 @@ def write_text(path: Path, text: str) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Put the folder's names on the disk."""
-    _flush(folder)
+    flush(folder)
 
 
 class NativeCheckpoint:
@@ -276,7 +276,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Put a file or a folder's names on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
